@@ -1,0 +1,70 @@
+"""The `tokenformer` command: one module per verb, imported only when its verb is called.
+
+A verb module offers `main(argv: list[str]) -> None`. It parses with `tokenformer.cli.parser.Parser`, calls a plain
+function of the library, and lets `UserError` fly: this file turns it into one line and exit code 2.
+"""
+
+import os
+import sys
+from importlib import import_module
+
+# verb -> (module, one-line summary); `tokenformer --help` prints this table without importing any of them
+VERBS: dict[str, tuple[str, str]] = {
+    "quickstart": ("tokenformer.cli.quickstart", "train, grow and compare small models on an embedded corpus"),
+    "data": ("tokenformer.cli.data", "prepare text for training: tokenise, pack, hold out"),
+    "train": ("tokenformer.cli.train", "train a model from a recipe; the same command resumes"),
+    "grow": ("tokenformer.cli.grow", "append parameter tokens to a model"),
+    "generate": ("tokenformer.cli.generate", "continue a prompt, streaming"),
+    "info": ("tokenformer.cli.info", "segments, parameters, FLOPs and bytes of a model"),
+    "bench": ("tokenformer.cli.bench", "measure the speed of the operator against its peers"),
+}
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {verb:<12} {summary}" for verb, (_, summary) in VERBS.items())
+    return (
+        "usage: tokenformer VERB [options]\n\n"
+        "TokenFormer: train language models made of parameter tokens, and grow them.\n\n"
+        f"verbs:\n{rows}\n\n"
+        "`tokenformer VERB --help` shows the options of a verb and an example.\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0 done, 2 the user's input is wrong, 130 interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from tokenformer import __version__
+
+        sys.stdout.write(f"tokenformer {__version__}\n")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "see tokenformer --help"
+        return _fail(f"unknown verb '{verb}': {hint}", "tokenformer")
+    # Set before torch and transformers are imported: their chatter would hide our own lines.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from tokenformer.errors import UserError
+
+    try:
+        import_module(VERBS[verb][0]).main(rest)
+    except UserError as error:
+        return _fail(str(error), f"tokenformer {verb}")
+    except KeyboardInterrupt:
+        return _fail("interrupted", f"tokenformer {verb}", code=130)
+    except BrokenPipeError:
+        # The reader went away (`| head`); flushing again at exit would raise the same error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fail(message: str, where: str, code: int = 2) -> int:
+    sys.stderr.write(f"{where}: error: {' '.join(message.split())}\n")
+    return code

@@ -1,0 +1,187 @@
+"""TokenFormer language model (Wang et al., ICLR 2025, section 3) for transformers.
+
+A pre-norm decoder whose every projection is a Pattention (Eq. 5-10); partial rotary positions, tied embeddings,
+non-parametric layer norms in the blocks and a parametric one at the end.
+
+Shapes: B batch, T positions, D channels, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from tokenformer.models.configuration_tokenformer import TokenFormerConfig
+from tokenformer.models.cost import CostMixin
+from tokenformer.modules import TokenFormerAttention, TokenFormerBlock, rotary_angles
+from tokenformer.pattention import ParameterTokens, Pattention
+
+
+class TokenFormerPreTrainedModel(CostMixin, PreTrainedModel):
+    """What all TokenFormer models share: the initialisation, and what transformers may do with them."""
+
+    config: TokenFormerConfig
+    config_class = TokenFormerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TokenFormerBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": TokenFormerBlock, "attentions": TokenFormerAttention}
+    # tau multiplies every output: bfloat16 would keep three digits of it.
+    _keep_in_fp32_modules_strict = ["scale"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The published initialisation: keys normal(0, 0.02), values normal(0, 2 / (layers * sqrt(D)))."""
+        config = self.config
+        if isinstance(module, ParameterTokens):
+            init.normal_(module.key, std=config.initializer_range)
+            init.normal_(module.value, std=2 / (config.num_hidden_layers * config.hidden_size**0.5))
+        elif isinstance(module, Pattention):
+            init.constant_(module.scale, module.initial_scale)
+        else:
+            super()._init_weights(module)
+
+
+class TokenFormerModel(TokenFormerPreTrainedModel):
+    """The backbone: embedding, blocks and final norm; gives hidden states (B, T, D)."""
+
+    def __init__(self, config: TokenFormerConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TokenFormerBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch of sequences.
+
+        Args:
+            input_ids: (B, T) token ids; or give `inputs_embeds` (B, T, D).
+            attention_mask: (B, T past and present), 0 where padded.
+            position_ids: (B, T); positions that restart within a row mark packed documents, which then do not see
+                each other.
+            inputs_embeds: embeddings in place of ids.
+            past_key_values: cache of earlier positions.
+            use_cache: return the cache.
+            kwargs: passed to the attention function.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            # Only positions that a caller gave can restart; ours would cost a mask to find that they do not.
+            position_ids=position_ids,
+        )
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        position_embeddings = rotary_angles(
+            position_ids, self.config.rotary_dim, self.config.rope_parameters["rope_theta"], inputs_embeds.dtype
+        )
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
+    """The language model: backbone and tied output embedding; gives logits (B, T, V)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: TokenFormerConfig) -> None:
+        super().__init__(config)
+        self.model = TokenFormerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the mean next-token loss in nats where `labels` are given.
+
+        Args:
+            input_ids: (B, T) token ids; or give `inputs_embeds`.
+            attention_mask: (B, T past and present), 0 where padded.
+            position_ids: (B, T); see `TokenFormerModel.forward`.
+            inputs_embeds: (B, T, D).
+            past_key_values: cache of earlier positions.
+            labels: (B, T), the ids themselves (they are shifted here); -100 is left out of the loss.
+            use_cache: return the cache.
+            logits_to_keep: compute logits of the last so many positions (0: all), or of those indices.
+            kwargs: passed to the attention and loss functions.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,87 @@
+"""Pattention as functions: attention of inputs over learned key-value parameter tokens.
+
+`pattention` is the one entry. `reference.py` states the equation, `fused.py` computes it fast, `gram.py` gives the norm
+of scores that are not computed, `normalization.py` holds what the two phases of each normalisation are.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from tokenformer.ops.activations import Activation, get_activation
+from tokenformer.ops.fused import fused_segments, segment_activities, segment_output
+from tokenformer.ops.gram import gram_factor, gram_matrix, sum_of_squares
+from tokenformer.ops.normalization import NORMALIZATIONS, get_normalization
+from tokenformer.ops.reference import reference_pattention, reference_segments
+
+__all__ = [
+    "NORMALIZATIONS",
+    "get_activation",
+    "get_normalization",
+    "gram_factor",
+    "gram_matrix",
+    "pattention",
+    "reference_pattention",
+    "segment_activities",
+    "segment_output",
+    "sum_of_squares",
+]
+
+Backend = Literal["auto", "fused", "reference"]
+
+
+def pattention(
+    x: torch.Tensor,
+    keys: torch.Tensor | Sequence[torch.Tensor],
+    values: torch.Tensor | Sequence[torch.Tensor],
+    scale: torch.Tensor | float,
+    *,
+    normalization: str = "l2_gelu",
+    activation: str | Activation = "gelu",
+    eps: float = 1e-12,
+    visible: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    total: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Pattention(x, K, V) = f(tau * A / ||A||) V with A = x K^T (TokenFormer, Eq. 4).
+
+    Args:
+        x: inputs, (..., D_in).
+        keys: (N, D_in), or one such tensor per segment.
+        values: (N, D_out), or one such tensor per segment.
+        scale: tau, a scalar; sqrt(N) where the paper trains from scratch, kept when tokens are appended.
+        normalization: `l2_gelu` f(tau A/||A||), `gelu_l2` tau f(A)/||f(A)||, or `softmax` tau^2 softmax(A).
+        activation: f, by name or as a callable; ignored by `softmax`.
+        eps: added to the sum of squares under the root; rows of zeros give zeros.
+        visible: booleans broadcastable to (..., N), one per segment where `keys` is a sequence (None: all visible).
+            A token adds nothing, to norm or output, where it is False.
+        total: row total (..., 1) over a larger set of tokens, of which the given ones are a part (fused only):
+            the sum of squares, or the log-sum-exp for `softmax`.
+        backend: `fused`, `reference`, or `auto` (fused).
+
+    Returns:
+        (..., D_out), in the dtype of the products.
+
+    Raises:
+        UserError: unknown normalization or activation.
+        ValueError: unknown backend, or `total` given to the reference.
+    """
+    if isinstance(keys, torch.Tensor):
+        keys = [keys]
+    if isinstance(values, torch.Tensor):
+        values = [values]
+    if isinstance(visible, torch.Tensor):
+        visible = [visible]
+    if backend in ("auto", "fused"):
+        return fused_segments(
+            x, keys, values, scale, visible, normalization=normalization, activation=activation, eps=eps, total=total
+        )
+    if backend != "reference":
+        raise ValueError(f"unknown backend '{backend}': use auto, fused or reference")
+    if total is not None:
+        raise ValueError("the reference computes its own total: use backend='fused' with total=")
+    get_normalization(normalization)
+    return reference_segments(
+        x, keys, values, scale, visible, normalization=normalization, activation=activation, eps=eps
+    )

@@ -1,0 +1,218 @@
+"""Pattention as a layer: an ordered set of named segments of parameter tokens (TokenFormer, Eq. 4).
+
+A drop-in for a bias-free `nn.Linear`. Its segments are separate parameters, so freezing, learning rates, optimizer
+state and saving per segment need no machinery of their own.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch import nn
+
+from tokenformer.errors import UserError
+from tokenformer.ops import get_activation, get_normalization, pattention
+from tokenformer.ops.activations import Activation
+
+BASE = "base"
+
+
+class ParameterTokens(nn.Module):
+    """One segment: `num_tokens` key-value pairs.
+
+    A module that is called with the input and returns its parameters, rather than a pair of bare parameters: PEFT
+    (LoRA on `segments.base.key`), hooks and wrappers then reach it like any layer.
+
+    Attributes:
+        key: (num_tokens, in_features)
+        value: (num_tokens, out_features)
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, count in (("num_tokens", num_tokens), ("in_features", in_features), ("out_features", out_features)):
+            if count < 1:
+                raise UserError(f"{name} must be at least 1, got {count}")
+        self.key = nn.Parameter(torch.empty(num_tokens, in_features, device=device, dtype=dtype))
+        self.value = nn.Parameter(torch.empty(num_tokens, out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of key-value pairs."""
+        return self.key.shape[0]
+
+    def reset_parameters(self) -> None:
+        """Keys normal(0, 0.02) as published; values so that a row of unit weights gives outputs of unit variance.
+
+        Models follow the published initialisation of values instead (`TokenFormerPreTrainedModel._init_weights`).
+        """
+        nn.init.normal_(self.key, std=0.02)
+        nn.init.normal_(self.value, std=self.num_tokens**-0.5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (num_tokens, in_features) and values (num_tokens, out_features) for input `x`."""
+        return self.key, self.value
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return f"num_tokens={self.num_tokens}"
+
+
+class Pattention(nn.Module):
+    """Attention of inputs (..., in_features) over parameter tokens, giving (..., out_features).
+
+    Args:
+        in_features: channels of the input and of keys.
+        out_features: channels of the output and of values.
+        num_tokens: parameter tokens of the first segment, `base`.
+        normalization: `l2_gelu` (the paper's), `gelu_l2` or `softmax`.
+        activation: by name or as a callable.
+        scale: tau; sqrt(num_tokens) if not given. Stored state: it does not change when tokens are added or removed,
+            which is what makes growing exact.
+        eps: added to the sum of squares of the scores of a row.
+        device: of the parameters; `meta` allocates nothing.
+        dtype: of the parameters. `scale` stays float32 or better.
+
+    Attributes:
+        segments: `nn.ModuleDict` of `ParameterTokens` in the order in which they were added.
+        scale: tau, a scalar buffer.
+        kind: what the layer is for in its model (`qkv`, `output`, `ffn`); set by the model, read by `tokenformer.grow`.
+
+    Raises:
+        UserError: a count below 1, an unknown normalization or activation, a scale that is not positive.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_tokens: int,
+        *,
+        normalization: str = "l2_gelu",
+        activation: str | Activation = "gelu",
+        scale: float | None = None,
+        eps: float = 1e-12,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        get_normalization(normalization)
+        get_activation(activation)
+        if scale is not None and not scale > 0:
+            raise UserError(f"scale must be positive, got {scale}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.normalization = normalization
+        self.activation = activation
+        self.eps = eps
+        self.kind: str | None = None
+        base = ParameterTokens(num_tokens, in_features, out_features, device=device, dtype=dtype)
+        self.segments = nn.ModuleDict({BASE: base})
+        self.initial_scale = float(num_tokens**0.5 if scale is None else scale)
+        scale_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.register_buffer("scale", torch.full((), self.initial_scale, device=device, dtype=scale_dtype))
+
+    @property
+    def num_tokens(self) -> int:
+        """Parameter tokens of all segments together."""
+        return sum(segment.num_tokens for segment in self._segments())
+
+    def reset_parameters(self) -> None:
+        """Initialise every segment and set the scale to what the constructor was given."""
+        for segment in self._segments():
+            segment.reset_parameters()
+        with torch.no_grad():
+            self.scale.fill_(self.initial_scale)
+
+    def forward(self, x: torch.Tensor, visible: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Pattention of `x` (..., in_features) over all segments, as (..., out_features).
+
+        Args:
+            x: inputs.
+            visible: by segment name, booleans broadcastable to (..., tokens of that segment): where False, the token
+                does not exist for that input. Segments not named are visible to all.
+        """
+        keys, values = zip(*(segment(x) for segment in self.segments.values()), strict=True)
+        masks = None if visible is None else [visible.get(name) for name in self.segments]
+        return pattention(
+            x,
+            keys,
+            values,
+            self.scale,
+            normalization=self.normalization,
+            activation=self.activation,
+            eps=self.eps,
+            visible=masks,
+        )
+
+    def add_segment(self, name: str, num_tokens: int) -> ParameterTokens:
+        """Append a segment of `num_tokens` tokens, initialised like a new layer's; the scale stays.
+
+        The new parameters take device and dtype of the old ones. `tokenformer.grow` adds segments to whole models.
+
+        Raises:
+            UserError: the name is taken or not usable, or the count is below 1.
+        """
+        if name in self.segments:
+            raise UserError(f"segment '{name}' exists already: choose another name")
+        if not name.isidentifier():
+            raise UserError(f"segment name '{name}' must be letters, digits and underscores, not starting with a digit")
+        like = self._segments()[-1].key
+        segment = ParameterTokens(num_tokens, self.in_features, self.out_features, device=like.device, dtype=like.dtype)
+        self.segments[name] = segment
+        return segment
+
+    def remove_segment(self, name: str) -> ParameterTokens:
+        """Take a segment out and return it; the scale stays.
+
+        Raises:
+            UserError: there is no such segment, or it is the only one.
+        """
+        if name not in self.segments:
+            raise UserError(f"no segment '{name}': this layer has {', '.join(self.segments)}")
+        if len(self.segments) == 1:
+            raise UserError(f"segment '{name}' is the only one: a layer needs at least one")
+        return cast(ParameterTokens, self.segments.pop(name))
+
+    @torch.no_grad()
+    def merge_segments(self, name: str = BASE) -> None:
+        """Put all segments into one, in order: a re-arrangement, the function stays (up to the order of summation)."""
+        segments = self._segments()
+        if len(segments) == 1 and name in self.segments:
+            return
+        like = segments[0].key
+        merged = ParameterTokens(
+            self.num_tokens, self.in_features, self.out_features, device=like.device, dtype=like.dtype
+        )
+        merged.key.copy_(torch.cat([segment.key for segment in segments]))
+        merged.value.copy_(torch.cat([segment.value for segment in segments]))
+        self.segments = nn.ModuleDict({name: merged})
+
+    def _segments(self) -> list[ParameterTokens]:
+        return cast(list[ParameterTokens], list(self.segments.values()))
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, num_tokens={self.num_tokens}, "
+            f"normalization={self.normalization}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Pattention":
+        before = self.scale
+        super()._apply(fn, recurse)
+        if torch.finfo(self.scale.dtype).bits < 32:
+            # .to(bfloat16) would round tau, a factor of every output, to three digits.
+            self.scale = before.to(device=self.scale.device)
+        return self
