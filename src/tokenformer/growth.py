@@ -7,15 +7,18 @@ is `scale="sqrt"` here.
 """
 
 import re
+import shutil
 import warnings
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from tokenformer.errors import UserError
+from tokenformer.folders import new_folder, whole_checkpoints
 from tokenformer.ops import get_activation
-from tokenformer.pattention import ParameterTokens, Pattention
+from tokenformer.pattention import ParameterTokens, Pattention, check_segment_name
 
 KeyInit = Literal["zero", "random"]
 ScaleRule = Literal["keep", "sqrt"]
@@ -53,25 +56,31 @@ def grow(
         `model`.
 
     Raises:
-        UserError: nothing to grow, a count that is not larger than what a layer has, or a segment name that is taken.
-            The model is then unchanged.
+        UserError: nothing to grow, a count that is not larger than what a layer has, a segment name that is taken or
+            not usable, an unknown rule for keys or scale, or an optimizer that does not hold the model's tokens. Model
+            and optimizer are then unchanged.
     """
+    for label, rule, known in (("keys", keys, get_args(KeyInit)), ("scale", scale, get_args(ScaleRule))):
+        if rule not in known:
+            raise UserError(f"unknown {label} '{rule}': use one of {', '.join(known)}")
     targets = {"qkv": qkv, "output": output, "ffn": ffn, None: tokens}
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, Pattention)}
     plan = _plan(layers, targets)
     name = _segment_name(layers, name)
+    groups = {layer: _groups_of(optimizer, layer) for layer, _ in plan} if optimizer is not None else {}
     _check_function_kept(layers.values(), keys, scale)
 
-    init_weights = getattr(model, "_init_weights", ParameterTokens.reset_parameters)
+    initializers = {layer: whole._init_weights for whole in _whole_models(model) for layer in whole.modules()}
     for layer, added in plan:
         segment = layer.add_segment(name, added)
-        init_weights(segment)
+        if layer in initializers:
+            initializers[layer](segment)
         if keys == "zero":
             segment.key.zero_()
         if scale == "sqrt":
             layer.scale.fill_(layer.num_tokens**0.5)
-        if optimizer is not None:
-            _join(optimizer, layer, segment)
+        for group, parameter in zip(groups.get(layer, ()), (segment.key, segment.value), strict=False):
+            group["params"].append(parameter)
     _record(model, name, plan)
     return model
 
@@ -113,8 +122,7 @@ def _segment_name(layers: dict[str, Pattention], name: str | None) -> str:
         return f"grown{max(used, default=0) + 1}"
     if name in taken:
         raise UserError(f"segment '{name}' exists already: choose another name")
-    if not name.isidentifier():
-        raise UserError(f"segment name '{name}' must be letters, digits and underscores, not starting with a digit")
+    check_segment_name(name)
     return name
 
 
@@ -131,24 +139,108 @@ def _check_function_kept(layers: Any, keys: KeyInit, scale: ScaleRule) -> None:
             return
 
 
-def _join(optimizer: torch.optim.Optimizer, layer: Pattention, segment: ParameterTokens) -> None:
-    old = next(iter(layer.segments.values()))
-    for parameter, like in ((segment.key, old.key), (segment.value, old.value)):
+def _groups_of(optimizer: torch.optim.Optimizer, layer: Pattention) -> list[dict[str, Any]]:
+    """The parameter groups that hold the key and the value of the layer's first segment."""
+    old = next(module for module in layer.modules() if isinstance(module, ParameterTokens))
+    groups = []
+    for like in (old.key, old.value):
         for group in optimizer.param_groups:
             if any(member is like for member in group["params"]):
-                group["params"].append(parameter)
+                groups.append(group)
                 break
         else:
             raise UserError("the optimizer does not hold the model's parameters: pass the one that trains this model")
+    return groups
+
+
+def _whole_models(model: nn.Module) -> list[Any]:
+    """The transformers models in `model`, itself included: what initialises parameters and has a configuration to save.
+
+    A block of a model has the configuration too, but does not stand for all layers.
+    """
+    return [module for module in model.modules() if hasattr(module, "_init_weights")]
 
 
 def _record(model: nn.Module, name: str, plan: list[tuple[Pattention, int]]) -> None:
     """Write the new segment into the configuration, from which from_pretrained rebuilds the shapes."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "segments"):
-        return
-    added = {layer.kind: count for layer, count in plan}
-    config.segments = [
-        *config.segments,
-        {"name": name, **{kind: added.get(kind, 0) for kind in ("qkv", "output", "ffn")}},
-    ]
+    counts = dict(plan)
+    recorded = set()
+    for whole in _whole_models(model):
+        config = getattr(whole, "config", None)
+        if config is None or not hasattr(config, "segments") or id(config) in recorded:
+            continue
+        recorded.add(id(config))
+        added = {layer.kind: counts[layer] for layer in whole.modules() if layer in counts}
+        if added:
+            config.segments = [
+                *config.segments,
+                {"name": name, **{kind: added.get(kind, 0) for kind in ("qkv", "output", "ffn")}},
+            ]
+
+
+def grow_folder(
+    model: str,
+    out: str,
+    *,
+    qkv: int | None = None,
+    output: int | None = None,
+    ffn: int | None = None,
+    keys: KeyInit = "zero",
+    scale: ScaleRule = "keep",
+    name: str | None = None,
+    optimizer: Literal["fresh", "carried"] = "fresh",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Grow the model in a folder and write it to a new one, with its tokenizer.
+
+    Args:
+        model: folder of the model, such as a training run.
+        out: folder to write; must not hold anything yet.
+        qkv: tokens of each query, key and value layer after growing; left alone if not given.
+        output: tokens of each output projection of attention after growing.
+        ffn: tokens of each feed-forward after growing.
+        keys: zero keeps every output as it is; random initialises keys as in a new model, and the loss jumps.
+        scale: keep leaves tau as it is; sqrt sets it to the root of the new number of tokens, as the paper does.
+        name: of the new segment; grown1, grown2, ... if not given.
+        optimizer: carried copies the moments of the old tokens from the run's last checkpoint, for training with
+            optimizer.state carried; fresh does not.
+        seed: of the new tokens' random values.
+
+    Returns:
+        `out`, the `segment`'s name, and the parameters `before` and `after`.
+
+    Raises:
+        UserError: as `grow`; a model that cannot be loaded; a folder that is not empty; no optimizer state to carry.
+    """
+    # Not at the top: growing a module of one's own does not need the models.
+    from transformers.utils.logging import disable_progress_bar
+
+    from tokenformer.models.loading import load_model
+
+    source = Path(model)
+    disable_progress_bar()
+    with new_folder(Path(out)) as partial:
+        whole = load_model(source)
+        moments = optimizer_file(source) if optimizer == "carried" else None
+        before = whole.num_parameters()
+        torch.manual_seed(seed)
+        grow(whole, qkv=qkv, output=output, ffn=ffn, keys=keys, scale=scale, name=name)
+        whole.save_pretrained(partial)
+        for file in source.glob("tokenizer*.json"):
+            shutil.copy2(file, partial)
+        if moments is not None:
+            shutil.copy2(moments, partial / "optimizer.pt")
+    return {"out": out, "segment": whole.config.segments[-1]["name"], "before": before, "after": whole.num_parameters()}
+
+
+def optimizer_file(folder: Path) -> Path:
+    """The optimizer state that belongs to the model in `folder`: its own, or that of the run's last checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    candidates = [folder / "optimizer.pt", *(path / "optimizer.pt" for path in reversed(whole_checkpoints(folder)))]
+    for path in candidates[:2]:
+        if path.is_file():
+            return path
+    raise UserError(f"{folder} holds no optimizer state (checkpoints/): grow with optimizer 'fresh'")

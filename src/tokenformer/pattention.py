@@ -4,6 +4,7 @@ A drop-in for a bias-free `nn.Linear`. Its segments are separate parameters, so 
 state and saving per segment need no machinery of their own.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -15,6 +16,18 @@ from tokenformer.ops import get_activation, get_normalization, pattention
 from tokenformer.ops.activations import Activation
 
 BASE = "base"
+
+
+def check_segment_name(name: object) -> None:
+    """Refuse what cannot name a segment: it becomes part of parameter names and an attribute of an `nn.ModuleDict`.
+
+    Raises:
+        UserError: not an identifier, or a name that `nn.ModuleDict` uses itself (`keys`, `type`, ...).
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise UserError(f"segment name {name!r} must be letters, digits and underscores, not starting with a digit")
+    if hasattr(nn.ModuleDict(), name):
+        raise UserError(f"segment name '{name}' is reserved by torch.nn.ModuleDict: choose another name")
 
 
 class ParameterTokens(nn.Module):
@@ -88,7 +101,7 @@ class Pattention(nn.Module):
         kind: what the layer is for in its model (`qkv`, `output`, `ffn`); set by the model, read by `tokenformer.grow`.
 
     Raises:
-        UserError: a count below 1, an unknown normalization or activation, a scale that is not positive.
+        UserError: a count below 1, an unknown normalization or activation, a scale that is not positive and finite.
     """
 
     scale: torch.Tensor
@@ -109,8 +122,8 @@ class Pattention(nn.Module):
         super().__init__()
         get_normalization(normalization)
         get_activation(activation)
-        if scale is not None and not scale > 0:
-            raise UserError(f"scale must be positive, got {scale}")
+        if scale is not None and not 0 < scale < math.inf:
+            raise UserError(f"scale must be positive and finite, got {scale}")
         self.in_features = in_features
         self.out_features = out_features
         self.normalization = normalization
@@ -166,8 +179,7 @@ class Pattention(nn.Module):
         """
         if name in self.segments:
             raise UserError(f"segment '{name}' exists already: choose another name")
-        if not name.isidentifier():
-            raise UserError(f"segment name '{name}' must be letters, digits and underscores, not starting with a digit")
+        check_segment_name(name)
         like = self._segments()[-1].key
         segment = ParameterTokens(num_tokens, self.in_features, self.out_features, device=like.device, dtype=like.dtype)
         self.segments[name] = segment
@@ -187,8 +199,15 @@ class Pattention(nn.Module):
 
     @torch.no_grad()
     def merge_segments(self, name: str = BASE) -> None:
-        """Put all segments into one, in order: a re-arrangement, the function stays (up to the order of summation)."""
+        """Put all segments into one, in order: a re-arrangement, the function stays (up to the order of summation).
+
+        Raises:
+            UserError: the name is not usable, or an adapter (LoRA) sits on a segment.
+        """
+        check_segment_name(name)
         segments = self._segments()
+        if any(segment is not wrapped for segment, wrapped in zip(segments, self.segments.values(), strict=True)):
+            raise UserError("an adapter sits on a segment: merge it first (peft: merge_and_unload)")
         if len(segments) == 1 and name in self.segments:
             return
         like = segments[0].key
@@ -200,7 +219,11 @@ class Pattention(nn.Module):
         self.segments = nn.ModuleDict({name: merged})
 
     def _segments(self) -> list[ParameterTokens]:
-        return cast(list[ParameterTokens], list(self.segments.values()))
+        # PEFT puts wrappers around a segment that carries LoRA.
+        return [
+            next(module for module in segment.modules() if isinstance(module, ParameterTokens))
+            for segment in self.segments.values()
+        ]
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""

@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         import_module(VERBS[verb][0]).main(rest)
     except UserError as error:
         return _fail(str(error), f"tokenformer {verb}")
-    except KeyboardInterrupt:
-        return _fail("interrupted", f"tokenformer {verb}", code=130)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted", f"tokenformer {verb}", code=130)
     except BrokenPipeError:
         # The reader went away (`| head`); flushing again at exit would raise the same error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,5 +66,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, where: str, code: int = 2) -> int:
-    sys.stderr.write(f"{where}: error: {' '.join(message.split())}\n")
+    kind = "error: " if code == 2 else ""
+    sys.stderr.write(f"{where}: {kind}{' '.join(message.split())}\n")
     return code

@@ -1,11 +1,13 @@
 """The argument parser of every verb: typed signatures in, one clear line out when something is wrong."""
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import jsonargparse
+from docstring_parser import parse
 
 from tokenformer.errors import UserError
 
@@ -51,12 +53,12 @@ class Parser(jsonargparse.ArgumentParser):
             expected = re.sub(r"<class '(\w+)'>", r"\1", expected).replace("NoneType", "null")
             return f"{found[1]}: expected {expected}, got '{found[2]}'"
         if found := re.search(r'Parser key "([\w.]+)":\s*Expected a (.+)\. Got value: ([^\n]*)', message):
-            expected = re.sub(r"<class '(\w+)'>|typing\.Literal", r"\1", found[2])
+            expected = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", found[2])
             return f"{found[1]}: expected {expected}, got '{found[3]}'"
         return message
 
     def _unknown(self, name: str) -> str:
-        valid = [a.dest for a in self._actions if a.dest not in ("help", "print_config", "print_shtab")]
+        valid = [word.lstrip("-") for action in self._actions for word in action.option_strings or [action.dest]]
         bare = name.lstrip("-")
         near = get_close_matches(bare, valid, n=1, cutoff=0.5) or get_close_matches(
             bare.split(".")[-1], valid, n=1, cutoff=0.5
@@ -65,10 +67,50 @@ class Parser(jsonargparse.ArgumentParser):
         return f"unknown option '{name}'" + (f": did you mean '{shown}'?" if near else ": see --help")
 
 
-def call(function: Callable[..., Any], parser: Parser, argv: list[str]) -> Any:
-    """Parse `argv` by the signature of `function` (required parameters are positional) and call it.
+def call(
+    function: Callable[..., Any],
+    parser: Parser,
+    argv: list[str],
+    *,
+    positional: bool = True,
+    skip: Sequence[str] = (),
+) -> Any:
+    """Parse `argv` by the signature of `function` and call it.
 
-    Names, types, defaults and help texts all come from the function itself, so the command cannot drift from the API.
+    Names, types, defaults and help texts all come from the function and its docstring, so the command cannot drift
+    from the API. `num_tokens` becomes `--num-tokens`, a bool is a flag, a list takes several words.
+
+    Args:
+        function: with typed parameters and a docstring that describes each of them.
+        parser: of the verb.
+        argv: the words after the verb.
+        positional: required parameters in front of the `*` are given without a name.
+        skip: parameters that the command line does not offer.
     """
-    parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
-    return function(**vars(parser.instantiate_classes(parser.parse_args(argv))))
+    add_signature(parser, function, positional=positional, skip=skip)
+    return function(**parser.parse_args(argv).as_dict())
+
+
+def add_signature(
+    parser: Parser, function: Callable[..., Any], *, positional: bool = True, skip: Sequence[str] = ()
+) -> None:
+    """Add the parameters of `function` to `parser`, as `call` describes."""
+    types = get_type_hints(function)
+    helps = {parameter.arg_name: parameter.description for parameter in parse(function.__doc__ or "").params}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in skip:
+            continue
+        required = parameter.default is inspect.Parameter.empty
+        options: dict[str, Any] = {"help": helps[name]}
+        if types[name] is bool:
+            options |= {"action": "store_true"}
+        elif types[name] == list[str]:
+            options |= {"type": str, "nargs": "+"}
+        else:
+            options |= {"type": types[name]}
+        if positional and required and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            parser.add_argument(name, **options)
+        elif required:
+            parser.add_argument(f"--{name.replace('_', '-')}", required=True, **options)
+        else:
+            parser.add_argument(f"--{name.replace('_', '-')}", default=parameter.default, **options)

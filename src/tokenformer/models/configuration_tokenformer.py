@@ -7,8 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from tokenformer.errors import UserError
-from tokenformer.ops import get_normalization
-from tokenformer.pattention import BASE
+from tokenformer.ops import get_activation, get_normalization
+from tokenformer.pattention import BASE, check_segment_name
 
 # name: (layers, hidden size, heads, qkv and output tokens, ffn tokens, context); paper Tables 1, 6 and 9
 _PRESETS = {
@@ -88,6 +88,7 @@ class TokenFormerConfig(PreTrainedConfig):
                 "it is rotated in pairs, so change rotary_pct or the number of heads"
             )
         get_normalization(self.normalization)
+        get_activation(self.activation)
         if not self.segments:
             d = self.hidden_size
             self.segments = [{"name": BASE, "qkv": d, "output": d, "ffn": 4 * d}]
@@ -103,6 +104,7 @@ class TokenFormerConfig(PreTrainedConfig):
         for segment in self.segments:
             if set(segment) != {"name", "qkv", "output", "ffn"}:
                 raise UserError(f"a segment has the fields name, qkv, output and ffn, got {sorted(segment)}")
+            check_segment_name(segment["name"])
             for kind in ("qkv", "output", "ffn"):
                 count, least = segment[kind], 1 if segment["name"] == BASE else 0
                 if not isinstance(count, int) or count < least:

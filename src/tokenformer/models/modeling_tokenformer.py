@@ -85,7 +85,7 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
             input_ids: (B, T) token ids; or give `inputs_embeds` (B, T, D).
             attention_mask: (B, T past and present), 0 where padded.
             position_ids: (B, T); positions that restart within a row mark packed documents, which then do not see
-                each other.
+                each other; only without `attention_mask` and without a given cache.
             inputs_embeds: embeddings in place of ids.
             past_key_values: cache of earlier positions.
             use_cache: return the cache.
@@ -95,9 +95,6 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -106,6 +103,9 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
             # Only positions that a caller gave can restart; ours would cost a mask to find that they do not.
             position_ids=position_ids,
         )
+        # After the mask: with a cache, even a new one, create_causal_mask does not look for packed documents.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)

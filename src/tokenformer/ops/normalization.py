@@ -28,6 +28,11 @@ def _sum_of_squares(scores: torch.Tensor) -> torch.Tensor:
     return norm.square()
 
 
+def _factor(scale: torch.Tensor | float, total: torch.Tensor, eps: float) -> torch.Tensor:
+    # Not rsqrt: its derivative holds the cube, which underflows in float32 where the norm passes 1e13.
+    return scale / torch.sqrt(total + eps)
+
+
 class Normalization(ABC):
     """One way to turn the scores of a row into weights over parameter tokens."""
 
@@ -72,7 +77,7 @@ class L2GeLU(Normalization):
         activation: Activation,
         eps: float,
     ) -> torch.Tensor:
-        return activation(activities * (scale * torch.rsqrt(total + eps)))
+        return activation(activities * _factor(scale, total, eps))
 
 
 class GeLUL2(Normalization):
@@ -93,7 +98,7 @@ class GeLUL2(Normalization):
         activation: Activation,
         eps: float,
     ) -> torch.Tensor:
-        return activities * (scale * torch.rsqrt(total + eps))
+        return activities * _factor(scale, total, eps)
 
 
 class Softmax(Normalization):

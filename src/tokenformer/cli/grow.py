@@ -1,0 +1,18 @@
+"""`tokenformer grow MODEL OUT --qkv N --output N --ffn N`."""
+
+from tokenformer.cli.parser import Parser, call
+
+_EXAMPLE = """\
+  tokenformer grow runs/small runs/small-grown --qkv 512 --output 512 --ffn 2048
+  tokenformer train recipes/language/small.yaml --model.path runs/small-grown --data.path data/books --out runs/large"""
+
+
+def main(argv: list[str]) -> None:
+    """Grow a model folder and print what it now is."""
+    from tokenformer.growth import grow_folder
+
+    parser = Parser("grow", "Append parameter tokens to a model; by default its outputs do not change.", _EXAMPLE)
+    grown = call(grow_folder, parser, argv)
+    print(f"grown: {grown['out']}   segment '{grown['segment']}': {grown['before']:,} -> {grown['after']:,} parameters")
+    print(f"next:  tokenformer train RECIPE.yaml --model.path {grown['out']} --data.path DATA --out RUN")
+    print(f"       tokenformer info {grown['out']}")

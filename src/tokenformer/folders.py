@@ -1,0 +1,98 @@
+"""Folders of models and runs: written whole or not at all, whatever happens while they are written."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenformer.errors import UserError
+
+PARTIAL = ".partial"
+CHECKPOINTS = "checkpoints"
+_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `folder` once everything is in it.
+
+    Raises:
+        UserError: `folder` holds something already, or cannot be written; nothing is left behind.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: give another folder, or remove it")
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with saving(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: readers see the old file or the new one."""
+    with saving(path):
+        partial = path.with_name(path.name + PARTIAL)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+
+@contextmanager
+def saving(target: Path) -> Iterator[None]:
+    """Turn a full disk into one clear line. Libraries report it in several ways; the cause is the same."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(_cannot_write(target, _FULL[error.errno])) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"cannot write {target}: {error.strerror}; choose a folder you may write to") from error
+        raise
+    except Exception as error:
+        # torch.save reports a failed write as RuntimeError, safetensors as SafetensorError, neither with an errno.
+        if any(
+            sign in str(error) for sign in ("No space left", "File too large", "file write failed", "PytorchStream")
+        ):
+            raise UserError(_cannot_write(target, "no space left on the device")) from error
+        raise
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. A half-written one is not among them: it still has another name."""
+    found = [path for path in (run / CHECKPOINTS).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step at which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def publish(partial: Path, run: Path, keep: int) -> Path:
+    """Give a finished checkpoint its name (the moment from which it counts) and drop all but the newest `keep`."""
+    target = run / CHECKPOINTS / partial.name
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(partial, target)
+    for old in whole_checkpoints(run)[:-keep]:
+        # Renamed first: a kill in the middle of the removal must not leave a checkpoint with files missing.
+        doomed = run / CHECKPOINTS / PARTIAL / old.name
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+    return target
+
+
+def _cannot_write(target: Path, reason: str) -> str:
+    free = shutil.disk_usage(next(path for path in (target, *target.resolve().parents) if path.exists())).free
+    return (
+        f"cannot write {target}: {reason} ({free / 2**20:.0f} MiB free); what was saved before is whole, "
+        "so make room and run the same command again"
+    )

@@ -1,0 +1,6 @@
+"""Training from a recipe, on transformers' Trainer."""
+
+from tokenformer.training.recipe import Recipe
+from tokenformer.training.run import train
+
+__all__ = ["Recipe", "train"]

@@ -1,0 +1,173 @@
+"""What happens beside the steps of a training run: metrics, progress, interruption."""
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tokenformer.folders import saving, write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics(TrainerCallback):
+    """Appends one line of JSON per log to metrics.jsonl: step, tokens, FLOPs, seconds and what was measured.
+
+    `seconds` counts time spent training, over all sessions of the run. Lines after the checkpoint that a run resumes
+    from are dropped, so that the file reads as if the run had never stopped.
+    """
+
+    def __init__(self, run: Path, tokens_per_step: int, flops_per_token: int) -> None:
+        self.path = run / METRICS_FILE
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.seconds_before = 0.0
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, earlier sessions included and evaluations left out."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock for what is not training."""
+        paused_at = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused_at
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop what lies after the resumed step, and take up the clock where it stood."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+        if kept or self.path.exists():
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log wherever a checkpoint is written: the loss since the last log is not part of a checkpoint."""
+        if control.should_save or control.should_training_stop:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a line."""
+        logs = dict(logs or {})
+        logs.pop("epoch", None)
+        if "train_runtime" in logs:
+            return
+        tokens = state.global_step * self.tokens_per_step
+        head = {"step": state.global_step, "tokens": tokens, "flops": tokens * self.flops_per_token}
+        line = {**head, "seconds": round(self.seconds, 3), **logs}
+        with saving(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # noqa: PERF203 (one bad line ends the loop)
+            break
+    return lines
+
+
+class ProgressBar(TrainerCallback):
+    """A progress bar on stderr with the loss and the speed."""
+
+    def __init__(self, title: str, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.progress = Progress(
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+        )
+        self.clock = (0, 0.0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar, from the step that the run resumes at."""
+        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, note="")
+        self.clock = (state.global_step, time.perf_counter())
+        self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance."""
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest loss."""
+        step, since = self.clock
+        if logs and "loss" in logs:
+            speed = (state.global_step - step) * self.tokens_per_step / max(time.perf_counter() - since, 1e-9)
+            self.progress.update(self.task, note=f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the finished bar."""
+        self.progress.stop()
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once, without saving."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt("stopped at once; the same command resumes from the last checkpoint")
+        self.stopped = True
+        sys.stderr.write("\nstopping after this step; once more to stop at once\n")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the Trainer to save and stop."""
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True

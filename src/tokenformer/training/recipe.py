@@ -1,0 +1,194 @@
+"""The recipe of a training run: typed, written as YAML, every field overridable on the command line."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tokenformer.errors import UserError
+
+
+@dataclass
+class ModelRecipe:
+    """What is trained: a folder to go on from, a preset of the paper, or sizes.
+
+    Args:
+        path: model folder to go on from, such as one written by `tokenformer grow`; the sizes are then its own.
+        preset: a size of the paper (150M, 450M, 900M, 1.5B, 124M, 354M, 757M, 1.4B) in place of the sizes below.
+        hidden_size: channels of the residual stream.
+        num_hidden_layers: blocks.
+        num_attention_heads: heads; must divide hidden_size.
+        qkv: parameter tokens of each query, key and value layer.
+        output: parameter tokens of each output projection.
+        ffn: parameter tokens of each feed-forward.
+        rotary_pct: share of a head's channels that carries positions.
+        normalization: l2_gelu (the paper's), gelu_l2 or softmax.
+        activation: nonlinearity of Pattention.
+    """
+
+    path: str | None = None
+    preset: str | None = None
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    qkv: int = 256
+    output: int = 256
+    ffn: int = 1024
+    rotary_pct: float = 0.25
+    normalization: str = "l2_gelu"
+    activation: str = "gelu"
+
+
+@dataclass
+class DataRecipe:
+    """What it is trained on.
+
+    Args:
+        path: folder written by `tokenformer data prepare`.
+    """
+
+    path: str = ""
+
+
+@dataclass
+class OptimizerRecipe:
+    """AdamW and its schedule.
+
+    Args:
+        learning_rate: at the peak.
+        schedule: cosine down to min_ratio times the peak, or constant; both after a linear warm-up.
+        warmup: share of the steps spent warming up.
+        min_ratio: learning rate at the end of a cosine, as a share of the peak.
+        weight_decay: of everything but norms.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        max_grad_norm: gradients are scaled down to this norm.
+        state: fresh moments, or those carried by the folder in model.path (`tokenformer grow --optimizer carried`).
+    """
+
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.01
+    min_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    state: Literal["fresh", "carried"] = "fresh"
+
+
+@dataclass
+class TrainingRecipe:
+    """How long, how large, how exact.
+
+    Args:
+        tokens: budget; training stops at the first step that reaches it.
+        batch_size: sequences per optimizer step.
+        micro_batch_size: sequences per forward pass; the batch itself if not given.
+        precision: auto takes bf16 where the hardware multiplies it fast, else fp32; fp16 needs a GPU.
+        compile: torch.compile; auto compiles when the run is long enough to earn the compile time back.
+        gradient_checkpointing: recompute blocks in the backward pass to save memory.
+        eval_every: steps between evaluations on the held-out split; 0 for the end only.
+        save_every: steps between checkpoints; 0 for the end only.
+        log_every: steps between lines of metrics.jsonl.
+        keep_checkpoints: whole checkpoints kept.
+        seed: of initialisation and data order.
+        threads: CPU threads; all cores if not given.
+    """
+
+    tokens: int = 10_000_000
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    gradient_checkpointing: bool = False
+    eval_every: int = 0
+    save_every: int = 500
+    log_every: int = 10
+    keep_checkpoints: int = 2
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass
+class Recipe:
+    """A training run.
+
+    Args:
+        out: folder of the run: recipe, metrics, checkpoints and, at the end, the model.
+        model: what is trained.
+        data: on what.
+        optimizer: by which rule.
+        training: for how long.
+    """
+
+    out: str = ""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first value that cannot be, naming the field."""
+        if not self.out:
+            raise UserError("out: give the folder of the run, for instance --out runs/first")
+        if not self.data.path:
+            raise UserError("data.path: give a folder written by `tokenformer data prepare`")
+        if self.model.path and self.model.preset:
+            raise UserError("model.path and model.preset exclude each other: a folder already has its sizes")
+        if self.optimizer.state == "carried" and not self.model.path:
+            raise UserError("optimizer.state 'carried' needs model.path: a new model has no moments to carry")
+        for section, names in _POSITIVE.items():
+            for name in names:
+                value = getattr(getattr(self, section), name)
+                if value is not None and not value > 0:
+                    raise UserError(f"{section}.{name} must be positive, got {value}")
+        for name in ("eval_every", "save_every"):
+            if getattr(self.training, name) < 0:
+                raise UserError(f"training.{name} must not be negative, got {getattr(self.training, name)}")
+        for name in ("warmup", "min_ratio"):
+            if not 0 <= getattr(self.optimizer, name) <= 1:
+                raise UserError(f"optimizer.{name} must lie between 0 and 1, got {getattr(self.optimizer, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self.optimizer, name) < 1:
+                raise UserError(f"optimizer.{name} must lie in [0, 1), got {getattr(self.optimizer, name)}")
+        if self.optimizer.weight_decay < 0:
+            raise UserError(f"optimizer.weight_decay must not be negative, got {self.optimizer.weight_decay}")
+        micro = self.training.micro_batch_size
+        if micro is not None and self.training.batch_size % micro:
+            raise UserError(
+                f"training.batch_size {self.training.batch_size} is not a multiple of training.micro_batch_size {micro}"
+            )
+
+    def to_yaml(self) -> str:
+        """The recipe as it is written into the run's folder."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    def difference(self, folder: Path) -> str | None:
+        """The first field in which this recipe differs from the one that made `folder`, as a sentence; None if none.
+
+        `out` may differ (a run's folder can be moved), and so may what does not touch the numbers.
+        """
+        theirs = _flatten(yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {})
+        for name, mine in _flatten(dataclasses.asdict(self)).items():
+            if name not in _FREE and theirs.get(name) != mine:
+                return f"{name} is {theirs.get(name)} there and {mine} here"
+        return None
+
+
+RECIPE_FILE = "recipe.yaml"
+_FREE = {"out", "training.threads", "training.keep_checkpoints", "training.save_every"}
+_POSITIVE = {
+    "model": ("hidden_size", "num_hidden_layers", "num_attention_heads", "qkv", "output", "ffn"),
+    "optimizer": ("learning_rate", "max_grad_norm"),
+    "training": ("tokens", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "threads"),
+}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
