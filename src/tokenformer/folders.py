@@ -82,11 +82,10 @@ def publish(partial: Path, run: Path, keep: int) -> Path:
     if target.exists():
         shutil.rmtree(target)
     os.replace(partial, target)
+    # Renamed first: a kill in the middle of the removal must not leave a checkpoint with files missing.
     for old in whole_checkpoints(run)[:-keep]:
-        # Renamed first: a kill in the middle of the removal must not leave a checkpoint with files missing.
-        doomed = run / CHECKPOINTS / PARTIAL / old.name
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
+        os.replace(old, partial.parent / old.name)
+    shutil.rmtree(partial.parent)
     return target
 
 

@@ -23,6 +23,9 @@ from tokenformer.pattention import ParameterTokens, Pattention, check_segment_na
 KeyInit = Literal["zero", "random"]
 ScaleRule = Literal["keep", "sqrt"]
 
+# Frames from _check_function_kept to the caller of grow; the decorator is one of them.
+_CALLER = 4
+
 
 @torch.no_grad()
 def grow(
@@ -70,6 +73,7 @@ def grow(
     groups = {layer: _groups_of(optimizer, layer) for layer, _ in plan} if optimizer is not None else {}
     _check_function_kept(layers.values(), keys, scale)
 
+    paths = {layer: path for path, layer in layers.items()}
     initializers = {layer: whole._init_weights for whole in _whole_models(model) for layer in whole.modules()}
     for layer, added in plan:
         segment = layer.add_segment(name, added)
@@ -79,8 +83,10 @@ def grow(
             segment.key.zero_()
         if scale == "sqrt":
             layer.scale.fill_(layer.num_tokens**0.5)
-        for group, parameter in zip(groups.get(layer, ()), (segment.key, segment.value), strict=False):
+        for group, (leaf, parameter) in zip(groups.get(layer, ()), segment.named_parameters(), strict=False):
             group["params"].append(parameter)
+            if "param_names" in group:
+                group["param_names"].append(f"{paths[layer]}.segments.{name}.{leaf}".lstrip("."))
     _record(model, name, plan)
     return model
 
@@ -132,10 +138,12 @@ def _check_function_kept(layers: Any, keys: KeyInit, scale: ScaleRule) -> None:
         return
     for layer in layers:
         if layer.normalization == "softmax":
-            warnings.warn("with softmax a token of zero score takes weight: growing changes the outputs", stacklevel=3)
+            warnings.warn(
+                "with softmax a token of zero score takes weight: growing changes the outputs", stacklevel=_CALLER
+            )
             return
         if get_activation(layer.activation)(torch.zeros(())).item() != 0:
-            warnings.warn(f"{layer.activation}(0) is not 0: growing changes the outputs", stacklevel=3)
+            warnings.warn(f"{layer.activation}(0) is not 0: growing changes the outputs", stacklevel=_CALLER)
             return
 
 

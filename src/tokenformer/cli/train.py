@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> "Recipe":
         raise UserError(f"recipe {defaults[0]} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except UserError as error:
         raise UserError(f"recipe {defaults[0]}: {error}") from error
-    values = parser.instantiate_classes(parser.parse_args(argv, namespace=from_file))
+    values = parser.instantiate(parser.parse_args(argv, namespace=from_file))
     if values.pop("recipe") is not None:
         raise UserError("give one recipe file, and everything else as --field value")
     return Recipe(**vars(values))

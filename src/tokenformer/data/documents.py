@@ -291,10 +291,12 @@ class HubDataset:
 
     def documents(self, advance: Advance) -> Iterator[str]:
         """Stream the texts of the dataset."""
-        for number, row in enumerate(self._rows, start=1):
-            text = _checked(row[self.text_field], f"dataset '{self.name}' row {number}", self.text_field)
-            yield text
-            advance(len(text))
+        number = 0
+        for batch in self._rows.iter(batch_size=1024):
+            for text in batch[self.text_field]:
+                number += 1
+                yield _checked(text, f"dataset '{self.name}' row {number}", self.text_field)
+                advance(len(text))
 
 
 def _checked(text: object, where: str, field: str) -> str:

@@ -174,9 +174,12 @@ class _Job:
 
     def write(self, state: _State, tokenizer_json: bytes) -> dict[str, Any]:
         """Write what is missing and return the manifest."""
-        state.write(self.folder)
-        write_atomically(self.folder / "tokenizer" / "tokenizer.json", tokenizer_json)
-        write_atomically(self.folder / "tokenizer" / "tokenizer_config.json", tokenizer_config(self.choice))
+        if not (self.folder / STATE).exists():
+            state.write(self.folder)
+        tokenizer_files = {"tokenizer.json": tokenizer_json, "tokenizer_config.json": tokenizer_config(self.choice)}
+        for name, content in tokenizer_files.items():
+            if not (self.folder / "tokenizer" / name).exists():
+                write_atomically(self.folder / "tokenizer" / name, content)
         encoder = self._encoder(tokenizer_json)
         sequence_length = state.options["sequence_length"]
         parts = state.split.parts(self.sources, skip=sum(done.documents for done in state.progress.values()))

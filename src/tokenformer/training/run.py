@@ -18,15 +18,14 @@ from tokenformer.data import PreparedData, tokenizer_hash
 from tokenformer.errors import UserError
 from tokenformer.evaluation import evaluate_perplexity
 from tokenformer.folders import CHECKPOINTS, PARTIAL, saving, step_of, whole_checkpoints, write_atomically
+from tokenformer.hardware import autocast_dtype, peak_flops, pick_device, pick_precision, set_threads
 from tokenformer.models import TokenFormerConfig, TokenFormerForCausalLM
 from tokenformer.models.loading import load_model
 from tokenformer.training.callbacks import METRICS_FILE, Metrics, ProgressBar, StopOnSignal, read_metrics
-from tokenformer.training.hardware import peak_flops, pick_device, pick_precision, set_threads
 from tokenformer.training.recipe import RECIPE_FILE, Recipe
 from tokenformer.training.trainer import LanguageTrainer, carried_state, collate
 
 SUMMARY_FILE = "summary.json"
-_AUTOCAST = {"bf16": torch.bfloat16, "fp32": None, "fp16": None}  # fp16 needs accelerate's gradient scaler
 
 
 def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dict[str, Any]:
@@ -87,7 +86,7 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
     trainer = LanguageTrainer(
         run=run,
         keep_checkpoints=recipe.training.keep_checkpoints,
-        autocast=_AUTOCAST[precision],
+        autocast=None if precision == "fp16" else autocast_dtype(precision),  # fp16 scales its loss in accelerate
         evaluate_with=evaluate,
         carried=carried,
         model=model,
@@ -266,8 +265,8 @@ def _compile(trainer: LanguageTrainer, recipe: Recipe, flops_per_token: int, dat
     started = time.perf_counter()
     micro = recipe.training.micro_batch_size or recipe.training.batch_size
     batch = {k: v.to(trainer.args.device) for k, v in collate([data.train[i] for i in range(micro)]).items()}
-    model.compile(dynamic=False)
     try:
+        model.compile(dynamic=False)
         model.train()
         with trainer.compute_loss_context_manager():
             model(**batch, use_cache=False).loss.backward()

@@ -1,0 +1,79 @@
+"""`tokenformer generate`: continue a prompt, streaming."""
+
+import io
+import sys
+
+from tokenformer.cli.parser import Parser, call
+from tokenformer.errors import UserError
+
+EXAMPLE = """\
+  tokenformer generate runs/small --prompt 'Once upon a time' --max-new-tokens 50
+  cat story.txt | tokenformer generate runs/small --prompt - --greedy
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `tokenformer generate`."""
+    summary = "Continue a prompt. Prints the continuation alone, as it is generated."
+    call(generate, Parser("generate", summary, EXAMPLE), argv)
+
+
+def generate(
+    model: str,
+    *,
+    prompt: str = "",
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    greedy: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+) -> None:
+    """Print the continuation of a prompt.
+
+    Args:
+        model: folder with model and tokenizer, or a name on the Hub.
+        prompt: text to continue; - reads it from standard input; if empty, a new text is begun.
+        max_new_tokens: stop after so many tokens at the latest.
+        temperature: above 1 bolder, below 1 more cautious.
+        top_k: sample from the so many likeliest tokens; 0 for all.
+        top_p: sample from the fewest tokens that have this probability together.
+        greedy: always take the likeliest token.
+        seed: equal seeds give equal texts.
+        threads: of torch; one per physical core if not given.
+    """
+    from tokenformer.hardware import set_threads
+
+    set_threads(threads)
+    text = _standard_input() if prompt == "-" else prompt
+
+    from tokenformer.generation import generate_text
+    from tokenformer.models.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    pieces = generate_text(
+        load_model(model),
+        tokenizer,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        seed=seed,
+    )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character need not end the text
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _standard_input() -> str:
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}") from error
+    return text.removesuffix("\n").removesuffix("\r")  # the one that `echo` adds

@@ -1,0 +1,1 @@
+"""Reports: figures for files, and self-contained HTML pages."""
