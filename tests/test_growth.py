@@ -427,3 +427,13 @@ def test_does_not_warn_where_the_change_was_asked_for(arguments) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         grow(tiny_model(normalization="softmax"), qkv=30, **arguments)
+
+
+def test_an_optimizer_of_only_the_newest_segment_takes_the_next_one() -> None:
+    layer = Pattention(6, 5, 4)
+    newest = layer.add_segment("tuned", 2)
+    layer.segments["base"].requires_grad_(False)
+    optimizer = torch.optim.SGD(newest.named_parameters(), lr=0.1)
+    grow(layer, tokens=9, name="next", optimizer=optimizer)
+    assert optimizer.param_groups[0]["param_names"] == ["key", "value", "segments.next.key", "segments.next.value"]
+    assert optimizer.param_groups[0]["params"][2] is layer.segments["next"].key

@@ -295,3 +295,13 @@ def test_data_parallel_style_functional_call_reaches_every_tensor() -> None:
     layer, x = _layer(5, 3), torch.randn(2, 6)
     other = _layer(5, 3, scale=9.0)
     assert torch.equal(torch.func.functional_call(layer, other.state_dict(), x), other(x))
+
+
+@pytest.mark.parametrize("frozen", [("base",), ("base", "more")], ids=["one", "all"])
+def test_merging_frozen_segments_gives_a_frozen_one_only_if_all_are(frozen) -> None:
+    layer = Pattention(6, 5, 4)
+    layer.add_segment("more", 3)
+    for name in frozen:
+        layer.segments[name].requires_grad_(False)
+    layer.merge_segments()
+    assert all(p.requires_grad == (len(frozen) == 1) for p in layer.parameters())

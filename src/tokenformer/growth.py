@@ -10,7 +10,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -148,17 +148,16 @@ def _check_function_kept(layers: Any, keys: KeyInit, scale: ScaleRule) -> None:
 
 
 def _groups_of(optimizer: torch.optim.Optimizer, layer: Pattention) -> list[dict[str, Any]]:
-    """The parameter groups that hold the key and the value of the layer's first segment."""
-    old = next(module for module in layer.modules() if isinstance(module, ParameterTokens))
-    groups = []
-    for like in (old.key, old.value):
-        for group in optimizer.param_groups:
-            if any(member is like for member in group["params"]):
-                groups.append(group)
-                break
-        else:
-            raise UserError("the optimizer does not hold the model's parameters: pass the one that trains this model")
-    return groups
+    """The parameter groups that hold the key and the value of a segment of the layer."""
+    for segment in layer.modules():
+        if isinstance(segment, ParameterTokens):
+            groups = [
+                next((group for group in optimizer.param_groups if any(p is like for p in group["params"])), None)
+                for like in (segment.key, segment.value)
+            ]
+            if None not in groups:
+                return cast(list[dict[str, Any]], groups)
+    raise UserError("the optimizer does not hold the model's parameters: pass the one that trains this model")
 
 
 def _whole_models(model: nn.Module) -> list[Any]:

@@ -154,7 +154,8 @@ class Pattention(nn.Module):
         Args:
             x: inputs.
             visible: by segment name, booleans broadcastable to (..., tokens of that segment): where False, the token
-                does not exist for that input. Segments not named are visible to all.
+                does not exist for that input. Segments not named are visible to all; names that this layer does not
+                have are passed over, so that one mapping serves all layers of a model.
         """
         keys, values = zip(*(segment(x) for segment in self.segments.values()), strict=True)
         masks = None if visible is None else [visible.get(name) for name in self.segments]
@@ -216,6 +217,7 @@ class Pattention(nn.Module):
         )
         merged.key.copy_(torch.cat([segment.key for segment in segments]))
         merged.value.copy_(torch.cat([segment.value for segment in segments]))
+        merged.requires_grad_(any(p.requires_grad for segment in segments for p in segment.parameters()))
         self.segments = nn.ModuleDict({name: merged})
 
     def _segments(self) -> list[ParameterTokens]:

@@ -164,3 +164,17 @@ def test_a_model_under_lora_can_be_inspected_and_grown() -> None:
     grow(adapted, ffn=30)
     assert model.config.segments[-1] == {"name": "grown1", "qkv": 0, "output": 0, "ffn": 10}
     assert torch.equal(adapted(ids).logits, before)
+
+
+def test_a_merged_model_saves_and_loads(tmp_path) -> None:
+    model = grow(tiny_model(), qkv=20, ffn=33)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = tiny_ids()
+    before = model(ids).logits
+    model.merge_segments()
+    assert model.config.segments == [{"name": "base", "qkv": 20, "output": 10, "ffn": 33}]
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = TokenFormerForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)

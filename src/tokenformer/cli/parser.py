@@ -34,6 +34,7 @@ class Parser(jsonargparse.ArgumentParser):
             description=summary,
             epilog=f"example:\n{example}",
             formatter_class=_Help,
+            allow_abbrev=False,  # a prefix that works today is another option tomorrow
             **kwargs,
         )
 

@@ -107,7 +107,7 @@ class TokenFormerConfig(PreTrainedConfig):
             check_segment_name(segment["name"])
             for kind in ("qkv", "output", "ffn"):
                 count, least = segment[kind], 1 if segment["name"] == BASE else 0
-                if not isinstance(count, int) or count < least:
+                if type(count) is not int or count < least:
                     raise UserError(f"segment '{segment['name']}': {kind} must be at least {least}, got {count!r}")
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:

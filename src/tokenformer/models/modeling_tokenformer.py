@@ -21,8 +21,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from tokenformer.models.configuration_tokenformer import TokenFormerConfig
 from tokenformer.models.cost import CostMixin
-from tokenformer.modules import TokenFormerAttention, TokenFormerBlock, rotary_angles
-from tokenformer.pattention import ParameterTokens, Pattention
+from tokenformer.modules import KINDS, TokenFormerAttention, TokenFormerBlock, rotary_angles
+from tokenformer.pattention import BASE, ParameterTokens, Pattention
 
 
 class TokenFormerPreTrainedModel(CostMixin, PreTrainedModel):
@@ -42,6 +42,19 @@ class TokenFormerPreTrainedModel(CostMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": TokenFormerBlock, "attentions": TokenFormerAttention}
     # tau multiplies every output: bfloat16 would keep three digits of it.
     _keep_in_fp32_modules_strict = ["scale"]
+
+    def merge_segments(self) -> None:
+        """Put the segments of every Pattention into one, in place: a re-arrangement that the configuration records.
+
+        For deployment, and before handing a grown model to code that knows no segments.
+
+        Raises:
+            UserError: an adapter sits on a segment.
+        """
+        for layer in self.modules():
+            if isinstance(layer, Pattention):
+                layer.merge_segments()
+        self.config.segments = [{"name": BASE, **{kind: self.config.num_tokens(kind) for kind in KINDS}}]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -23,6 +23,9 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sum_of_squares(scores: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        # Fused, the float32 copy never exists, and the gradient is 2 A: that of a norm divides every element by it.
+        return scores.to(_at_least_float32(scores.dtype)).square().sum(-1, keepdim=True)
     # vector_norm accumulates low-precision scores in float32 without a float32 copy of them.
     norm: torch.Tensor = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=_at_least_float32(scores.dtype))
     return norm.square()

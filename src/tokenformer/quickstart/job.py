@@ -51,7 +51,7 @@ class Plan:
     grown: tuple[int, int, int] = (384, 384, 1536)
     base_tokens: int = 1_000_000
     grown_tokens: int = 400_000
-    batch_size: int = 16
+    batch_size: int = 8
     held_out: float = 0.03
 
 
