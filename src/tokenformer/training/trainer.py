@@ -100,6 +100,11 @@ class LanguageTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The output embedding is the input embedding, so it is not in the file.
+        if set(load_result.missing_keys) - {"lm_head.weight"} or load_result.unexpected_keys:
+            super()._issue_warnings_after_load(load_result)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run / CHECKPOINTS / PARTIAL)
 
