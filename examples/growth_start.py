@@ -1,6 +1,6 @@
 """What growing does to the loss before any training: zero or random keys, kept or published scale.
 
-    python examples/growth_start.py runs/quickstart/base runs/quickstart/data --json growth-start.json
+python examples/growth_start.py runs/quickstart/base runs/quickstart/data --json growth-start.json
 """
 
 import argparse

@@ -9,6 +9,7 @@ from tokenformer.errors import UserError
 if TYPE_CHECKING:
     from tokenformer.training.recipe import Recipe
 
+_USAGE = "tokenformer train [RECIPE.yaml] [--field value ...]"
 _EXAMPLE = """\
   tokenformer data prepare --input books.jsonl.gz --tokenizer train:4096 --out data/books
   tokenformer train recipes/language/small.yaml --data.path data/books --out runs/small
@@ -19,7 +20,8 @@ def parse(argv: list[str]) -> "Recipe":
     """The recipe that a command line describes: the YAML file, then the overrides."""
     from tokenformer.training.recipe import Recipe
 
-    parser = Parser("train", "Train a model from a recipe. The same command resumes a run that was stopped.", _EXAMPLE)
+    summary = "Train a model from a recipe. The same command resumes a run that was stopped."
+    parser = Parser("train", summary, _EXAMPLE, usage=_USAGE)
     parser.add_argument("recipe", nargs="?", help="YAML file with any of the fields below")
     parser.add_class_arguments(Recipe)
     defaults = []
