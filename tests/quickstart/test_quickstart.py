@@ -111,10 +111,15 @@ def test_the_sweep_belongs_to_this_plan_and_brackets_its_choices() -> None:
 
 @pytest.mark.slow
 def test_sweep(small_corpus: None, tmp_path: Path) -> None:
-    losses = job.sweep(out=str(tmp_path / "sweep"), learning_rates=[1e-4, 1e-3], tokens=TOKENS, threads=1)
+    rates = {stage: [1e-4, 1e-3] for stage in job.STAGES}
+    losses = job.sweep(out=str(tmp_path / "sweep"), learning_rates=rates, tokens=TOKENS, threads=1)
     assert {stage: list(rates) for stage, rates in losses.items()} == {
         stage: ["0.0001", "0.001"] for stage in job.STAGES
     }
+    # every model from scratch has the budget of the two stages together, to half a batch
+    flops = {p.parent.name: json.loads(p.read_text())["flops"] for p in (tmp_path / "sweep").glob("*-*/summary.json")}
+    assert flops["scratch-0.0001"] == flops["scratch-0.001"]
+    assert flops["scratch-0.001"] == pytest.approx(flops["base-0.001"] + flops["grown-0.001"], rel=0.15)
     # the grown models come from the better base, so before training they have its loss
     best = min(losses["base"], key=losses["base"].__getitem__)
     assert (tmp_path / "sweep/base").resolve().name == f"base-{best}"

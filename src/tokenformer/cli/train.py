@@ -11,9 +11,8 @@ if TYPE_CHECKING:
 
 _USAGE = "tokenformer train [RECIPE.yaml] [--field value ...]"
 _EXAMPLE = """\
-  tokenformer data prepare --input books.jsonl.gz --tokenizer train:4096 --out data/books
   tokenformer train recipes/language/small.yaml --data.path data/books --out runs/small
-  tokenformer train recipes/language/small.yaml --data.path data/books --out runs/small   # again: resumes"""
+  tokenformer train recipes/language/small.yaml --data.path data/books --out runs/small  # again: resumes"""
 
 
 def parse(argv: list[str]) -> "Recipe":

@@ -119,7 +119,12 @@ def quickstart(
 
 
 def sweep(
-    *, out: str, learning_rates: list[float], seed: int = 1, tokens: int = Plan.base_tokens, threads: int | None = None
+    *,
+    out: str,
+    learning_rates: dict[str, list[float]],
+    seed: int = 1,
+    tokens: int = Plan.base_tokens,
+    threads: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Held-out loss of the quickstart's three models at each learning rate; the best base is what is grown.
 
@@ -127,7 +132,7 @@ def sweep(
 
     Args:
         out: folder for the runs and sweep.json.
-        learning_rates: to try for each model.
+        learning_rates: to try, for each of `base`, `grown` and `scratch`.
         seed: of the split, the initial values and the order of the data.
         tokens: as in `quickstart`.
         threads: CPU threads; all cores if not given.
@@ -142,8 +147,9 @@ def sweep(
     flops: dict[str, int] = {}
     for stage in STAGES:
         losses[stage] = {}
-        for rate in learning_rates:
-            recipe = _recipe(folder, stage, plan, seed, threads, rate, flops=sum(flops.values()))
+        for rate in learning_rates[stage]:
+            budget = flops["base"] + flops["grown"] if stage == "scratch" else 0
+            recipe = _recipe(folder, stage, plan, seed, threads, rate, flops=budget)
             summary = train(replace(recipe, out=str(folder / f"{stage}-{rate:g}")), title=f"{stage} {rate:g}")
             losses[stage][f"{rate:g}"] = summary["eval_loss"]
             flops[stage] = summary["flops"]
