@@ -109,13 +109,13 @@ def _page(report: dict[str, Any], picture: Path) -> str:
         [
             "model",
             "parameters",
-            "tokens seen",
-            "training FLOPs",
+            "tokens",
+            "FLOPs",
             "cumulative",
             "seconds",
             "learning rate",
             "perplexity",
-            "bits per byte",
+            "bits/byte",
         ],
         [
             [
