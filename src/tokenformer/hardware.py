@@ -46,9 +46,11 @@ def hardware() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Python, torch and tokenformer, and the commit where tokenformer runs from a git checkout (else None)."""
+    import torch
+
     return {
         "python": platform.python_version(),
-        "torch": metadata.version("torch"),
+        "torch": str(torch.__version__),  # names the build too (+cpu, +cu130), which the package's metadata may not
         "tokenformer": metadata.version("tokenformer"),
         "commit": _commit(Path(__file__).resolve().parent),
     }

@@ -52,6 +52,7 @@ def whole(make_recipe: MakeRecipe) -> Path:
 @pytest.mark.parametrize(
     "where",
     [
+        "before the recipe gets its name",
         "step 1 of 12",
         "step 6 of 12",
         "inside the first checkpoint",
@@ -80,6 +81,7 @@ def test_killed_anywhere_the_run_ends_bit_identical(
 def _arm(where: str, patch: pytest.MonkeyPatch) -> None:
     """Make the `n`-th call of a function kill the process (the call before does its work)."""
     targets = {
+        "before the recipe gets its name": (os, "replace", 1),
         "step 1 of 12": (LanguageTrainer, "training_step", 1),
         "step 6 of 12": (LanguageTrainer, "training_step", 6),
         "inside the first checkpoint": (LanguageTrainer, "_save_rng_state", 1),

@@ -147,10 +147,13 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
 
 def _check_folder(run: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The summary if this very run is complete; raises if the folder holds something else."""
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    if not run.exists():
         return None
     if not run.is_dir():
         raise UserError(f"out: {run} is a file: give a folder")
+    # A run killed before its recipe had its name has nothing to lose.
+    if all(path.name == RECIPE_FILE + PARTIAL for path in run.iterdir()):
+        return None
     if not (run / RECIPE_FILE).is_file():
         raise UserError(f"out: {run} is not empty and holds no run: give another folder")
     difference = recipe.difference(run)
