@@ -283,7 +283,7 @@ def _compile(trainer: LanguageTrainer, recipe: Recipe, flops_per_token: int, dat
 
 
 def _compile_pays(recipe: Recipe, flops_per_token: int, device: torch.device) -> bool:
-    """Whether the run is long enough to earn back the compile time (about half a minute)."""
+    """Whether the run is long enough to earn back the compile time (half a minute; docs/training.md has the figures)."""
     flops = recipe.training.tokens * flops_per_token
     return flops > (5e13 if device.type == "cpu" else 1e16)
 
