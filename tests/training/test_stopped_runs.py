@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tokenformer.cli import main
+from tokenformer.data import prepare
 from tokenformer.errors import UserError
 from tokenformer.folders import whole_checkpoints
 from tokenformer.training import Recipe, train
@@ -89,7 +90,7 @@ def _arm(where: str, patch: pytest.MonkeyPatch) -> None:
         "before the checkpoint gets its name": ("tokenformer.training.trainer", "publish", 1),
         "before the last checkpoint gets its name": ("tokenformer.training.trainer", "publish", 3),
         "while an old checkpoint is removed": (shutil, "rmtree", None),
-        "before the summary": ("tokenformer.training.run", "write_atomically", 2),
+        "before the summary": ("tokenformer.training.run", "write_atomically", 3),
     }
     owner, name, fatal = targets[where]
     if isinstance(owner, str):
@@ -228,6 +229,27 @@ def test_another_run_in_the_folder_is_left_alone(make_recipe: MakeRecipe) -> Non
     ):
         train(other, progress=False)
     assert {path: path.read_bytes() for path in Path(recipe.out).rglob("*") if path.is_file()} == before
+
+
+def test_data_that_changed_under_a_run_is_noticed(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    data = str(tmp_path / "data")
+    recipe = make_recipe(data__path=data)
+    for number, content in enumerate(("one two three four\n", "five six seven eight\n")):
+        text.write_text(content * 800)
+        shutil.rmtree(data, ignore_errors=True)
+        prepare([str(text)], tokenizer="train:300", out=data, sequence_length=32, progress=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageTrainer, "training_step", _die)
+            error = Killed if number == 0 else UserError
+            with pytest.raises(error, match="prepared anew" if number else None):
+                train(recipe, progress=False)
+
+
+def _die(*args: object) -> None:
+    raise Killed
 
 
 def test_carried_moments_continue_and_new_tokens_train(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tokenformer.training.recipe import RECIPE_FILE, Recipe
 from tokenformer.training.trainer import LanguageTrainer, carried_state, collate
 
 SUMMARY_FILE = "summary.json"
+DATA_FILE = "data.json"
 
 
 def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dict[str, Any]:
@@ -67,6 +68,7 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
         run.mkdir(parents=True, exist_ok=True)
         if not (run / RECIPE_FILE).exists():
             write_atomically(run / RECIPE_FILE, recipe.to_yaml())
+        _check_data(run, data)
     shutil.rmtree(run / CHECKPOINTS / PARTIAL, ignore_errors=True)
     checkpoints = whole_checkpoints(run)
     resumed = checkpoints[-1] if checkpoints else None
@@ -166,6 +168,18 @@ def _check_folder(run: Path, recipe: Recipe) -> dict[str, Any] | None:
         summary: dict[str, Any] = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
         return summary
     return None
+
+
+def _check_data(run: Path, data: PreparedData) -> None:
+    """Remember what the run is trained on, or see that it is still the same: the path alone does not tell."""
+    hashes = {name: split["sha256"] for name, split in data.manifest["splits"].items()}
+    file = run / DATA_FILE
+    if not file.exists():
+        write_atomically(file, json.dumps(hashes, indent=2) + "\n")
+    elif json.loads(file.read_text(encoding="utf-8")) != hashes:
+        raise UserError(
+            f"{data.path} was prepared anew since {run} began: bring the old data back, or give another out"
+        )
 
 
 def _steps(recipe: Recipe, data: PreparedData) -> int:
@@ -283,7 +297,7 @@ def _compile(trainer: LanguageTrainer, recipe: Recipe, flops_per_token: int, dat
 
 
 def _compile_pays(recipe: Recipe, flops_per_token: int, device: torch.device) -> bool:
-    """Whether the run is long enough to earn back the compile time (half a minute; docs/training.md has the figures)."""
+    """Whether the run is long enough to earn back half a minute of compiling; docs/training.md has the figures."""
     flops = recipe.training.tokens * flops_per_token
     return flops > (5e13 if device.type == "cpu" else 1e16)
 
