@@ -127,7 +127,7 @@ def peak_flops(device: "torch.device") -> float | None:
     import torch
 
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in _PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def _cpuinfo() -> list[dict[str, str]]:

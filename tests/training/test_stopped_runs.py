@@ -168,6 +168,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert "optimizer.learning_rate" in line
 
 
+def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe()
+    step = LanguageTrainer.training_step
+
+    def overflowing(self: LanguageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(self, *args, **kwargs)
+        if self.state.global_step == 7:
+            next(self.model.parameters()).grad.view(-1)[0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(LanguageTrainer, "training_step", overflowing)
+    with pytest.raises(UserError, match="the gradient norm became inf at step 8 with learning rate"):
+        train(recipe, progress=False)
+    assert [path.name for path in whole_checkpoints(Path(recipe.out))] == ["checkpoint-4"]
+
+
 @pytest.mark.parametrize("failure", ["torch.save", "safetensors", "metrics"])
 def test_a_full_disk_loses_nothing(
     failure: str,

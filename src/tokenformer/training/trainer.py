@@ -68,13 +68,23 @@ class LanguageTrainer(Trainer):
             UserError: naming step, learning rate and what to try.
         """
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+        self._require_finite("loss", loss)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
+        # A finite loss can have an infinite gradient, and a checkpoint written after it would be of no use.
+        norm: torch.Tensor | float | None = super()._clip_grad_norm(model)
+        if norm is not None and not self.args.fp16:  # the gradient scaler of fp16 skips such a step by itself
+            self._require_finite("gradient norm", torch.as_tensor(norm))
+        return norm
+
+    def _require_finite(self, what: str, value: torch.Tensor) -> None:
+        if not torch.isfinite(value):
             raise UserError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1} with learning rate "
+                f"the {what} became {value.item()} at step {self.state.global_step + 1} with learning rate "
                 f"{self._get_learning_rate():.3g}: try a lower optimizer.learning_rate, a longer optimizer.warmup, "
                 "a lower optimizer.max_grad_norm or training.precision fp32; the checkpoints before it are whole"
             )
-        return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW whose state knows the parameters' names, so that it can follow them into a grown model."""
