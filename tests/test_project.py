@@ -249,7 +249,7 @@ def test_constraints_pin_what_is_installed():
 
 def test_constraints_pin_every_extra():
     required = _requirements("tokenformer", frozenset({"test", "lint", "docs"}))
-    missing = {canonicalize_name(r.name) for r in required} - set(_pins())
+    missing = {canonicalize_name(r.name) for r in required} - set(_pins()) - {"tokenformer"}  # an extra of our own
     assert not missing
 
 
