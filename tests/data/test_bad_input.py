@@ -205,6 +205,7 @@ OPTIONS = {
     "vocabulary in words": ({"tokenizer": "train:big"}, "'big' is not a vocabulary size"),
     "no vocabulary": ({"tokenizer": "train:"}, "'' is not a vocabulary size"),
     "missing tokenizer": ({"tokenizer": "nowhere/tokenizer.json"}, "no tokenizer at 'nowhere/tokenizer.json'"),
+    "unknown format": ({"format": "parquet"}, "format: expected 'arrow', 'megatron', got 'parquet'"),
     "unknown option": ({"held-oud": "0.1"}, "did you mean '--held"),
     "row longer than the corpus": ({"sequence-length": "100000"}, "fewer than one row of 100000; add text"),
 }

@@ -25,13 +25,15 @@ def test_help_of_prepare(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["data", "prepare", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for option in ("input", "tokenizer", "out", "sequence-length", "held-out", "text-field", "workers", "seed"):
+    options = "input tokenizer out sequence-length held-out text-field workers seed format"
+    for option in options.split():
         assert f"--{option} " in shown
     assert "tokens in a row. (type: int, default: 512)" in shown
     assert "example: tokenformer data prepare --input" in shown
 
 
-def test_command_does_what_the_function_does(tmp_path, capsys):
+@pytest.mark.parametrize("format", ["arrow", "megatron"])
+def test_command_does_what_the_function_does(tmp_path, capsys, format):
     texts = make_documents(40)
     inputs = [
         write_documents(tmp_path / name, part, "body")
@@ -44,6 +46,7 @@ def test_command_does_what_the_function_does(tmp_path, capsys):
         "text_field": "body",
         "workers": 2,
         "seed": 3,
+        "format": format,
     }
     prepare(inputs, out=str(tmp_path / "function"), **options)
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]

@@ -160,6 +160,7 @@ def test_finished_folder_is_left_alone(corpus, tmp_path):
         ({"seed": 5}, "seed 0, not 5"),
         ({"text_field": "id"}, "text field text, not id"),
         ({"tokenizer": "train:301"}, "tokenizer train:300, not train:301"),
+        ({"format": "megatron"}, "format arrow, not megatron"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

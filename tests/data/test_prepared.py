@@ -12,16 +12,23 @@ from tokenformer.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
+def originals(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("prepared")
     path = write_documents(folder / "a.jsonl", make_documents(30))
-    prepare([path], tokenizer="train:300", out=str(folder / "out"), sequence_length=16, held_out=0.2, progress=False)
-    return folder / "out"
+    options = {"tokenizer": "train:300", "sequence_length": 16, "held_out": 0.2, "progress": False}
+    for format in ("arrow", "megatron"):
+        prepare([path], out=str(folder / format), format=format, **options)
+    return {format: folder / format for format in ("arrow", "megatron")}
 
 
 @pytest.fixture
-def folder(original, tmp_path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "out"))
+def folder(originals, tmp_path) -> Path:
+    return Path(shutil.copytree(originals["arrow"], tmp_path / "out"))
+
+
+@pytest.fixture
+def megatron(originals, tmp_path) -> Path:
+    return Path(shutil.copytree(originals["megatron"], tmp_path / "out"))
 
 
 @pytest.mark.parametrize("kind", [Path, str])
@@ -95,6 +102,23 @@ def test_damaged_file(folder, name, damage):
     with pytest.raises(UserError, match=r"out' is damaged \(.*tokenformer data prepare") as raised:
         PreparedData.load(folder)
     assert name.split("/")[0] in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "held_out.bin", "held_out.idx"])
+@pytest.mark.parametrize("damage", [cut_off, flip_middle, flip_start, Path.unlink])
+def test_damaged_megatron_file(megatron, name, damage):
+    assert len(PreparedData.load(megatron).train) > 0
+    damage(megatron / name)
+    with pytest.raises(UserError, match=r"out' is damaged \(.*tokenformer data prepare") as raised:
+        PreparedData.load(megatron)
+    assert name.split(".")[0] in str(raised.value)
+
+
+def test_folder_from_before_there_were_formats(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["options"]["format"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert len(PreparedData.load(folder).train) == manifest["splits"]["train"]["rows"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}'])

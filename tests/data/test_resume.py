@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -11,18 +12,15 @@ from pathlib import Path
 
 import pytest
 from corpora import snapshot
+from crashes import Crash, crash_at
 
 from tokenformer.data import PreparedData, packing, prepare
 from tokenformer.data.preparation import LOCK, STATE
 from tokenformer.data.tokenizer import Encoder
 from tokenformer.errors import UserError
 
-OPTIONS = {"tokenizer": "train:300", "sequence_length": 32, "held_out": 0.2, "progress": False, "workers": 1}
+FIXED = {"tokenizer": "train:300", "sequence_length": 32, "held_out": 0.2, "progress": False, "workers": 1}
 CHUNK_BYTES = 1500
-
-
-class Crash(BaseException):
-    """Stands for a kill: nothing in the library may catch it."""
 
 
 @pytest.fixture(autouse=True)
@@ -30,61 +28,38 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(packing, "CHUNK_BYTES", CHUNK_BYTES)
 
 
+@pytest.fixture(params=["arrow", "megatron"])
+def options(request) -> dict[str, object]:
+    return FIXED | {"format": request.param}
+
+
 @pytest.fixture
-def uninterrupted(corpus, tmp_path) -> dict[str, bytes]:
-    prepare(corpus, out=str(tmp_path / "uninterrupted"), **OPTIONS)
-    files = snapshot(tmp_path / "uninterrupted")
-    assert len([name for name in files if name.startswith("train/data-")]) >= 3
-    return files
+def uninterrupted(corpus, tmp_path, options) -> dict[str, bytes]:
+    prepare(corpus, out=str(tmp_path / "uninterrupted"), **options)
+    if options["format"] == "arrow":
+        assert len(list((tmp_path / "uninterrupted" / "train").glob("*.arrow"))) >= 3
+    return snapshot(tmp_path / "uninterrupted")
 
 
-def crash_at(patch: pytest.MonkeyPatch, point: int) -> None:
-    """Crash at the `point`-th moment before or after a file operation; half a file is written at its fsync."""
-    moments = itertools.count(1)
-
-    def tick() -> None:
-        if next(moments) == point:
-            raise Crash
-
-    def around(operation):
-        def replaced(*args, **kwargs):
-            tick()
-            result = operation(*args, **kwargs)
-            tick()
-            return result
-
-        return replaced
-
-    def fsync(descriptor: int) -> None:
-        if next(moments) == point:
-            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-            raise Crash
-
-    patch.setattr(os, "replace", around(os.replace))
-    patch.setattr(os, "fsync", fsync)
-    patch.setattr(Path, "mkdir", around(Path.mkdir))
-    patch.setattr(Path, "unlink", around(Path.unlink))
-
-
-def test_crash_at_every_file_operation(corpus, tmp_path, uninterrupted):
+def test_crash_at_every_file_operation(corpus, tmp_path, uninterrupted, options):
     for point in itertools.count(1):
         out = tmp_path / f"crash-{point}"
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, point)
             try:
-                prepare(corpus, out=str(out), **OPTIONS)
+                prepare(corpus, out=str(out), **options)
                 break
             except Crash:
                 pass
         if not (out / "manifest.json").exists():
             with pytest.raises(UserError, match=r"no prepared data|no finished preparation"):
                 PreparedData.load(out)
-        prepare(corpus, out=str(out), **OPTIONS)
+        prepare(corpus, out=str(out), **options)
         assert snapshot(out) == uninterrupted, f"after a crash at moment {point}"
     assert point > 60
 
 
-def test_crashes_again_and_again(corpus, tmp_path, uninterrupted):
+def test_crashes_again_and_again(corpus, tmp_path, uninterrupted, options):
     out = tmp_path / "out"
     crashes = 0
     while not (out / "manifest.json").exists():
@@ -92,10 +67,10 @@ def test_crashes_again_and_again(corpus, tmp_path, uninterrupted):
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, 30)  # late enough to save a chunk each time
             with contextlib.suppress(Crash):
-                prepare(corpus, out=str(out), **OPTIONS)
+                prepare(corpus, out=str(out), **options)
         crashes += 1
     assert crashes > 2
-    prepare(corpus, out=str(out), **OPTIONS)  # the last crash may have left what a finished folder does not need
+    prepare(corpus, out=str(out), **options)  # the last crash may have left what a finished folder does not need
     assert snapshot(out) == uninterrupted
 
 
@@ -117,17 +92,17 @@ prepare({corpus!r}, out={out!r}, **{options!r})
 
 
 @pytest.mark.parametrize("call", [2, 9])
-def test_killed_process(corpus, tmp_path, uninterrupted, call):
+def test_killed_process(corpus, tmp_path, uninterrupted, call, options):
     out = tmp_path / "out"
-    code = KILLED.format(chunk=CHUNK_BYTES, call=call, corpus=corpus, out=str(out), options=OPTIONS)
+    code = KILLED.format(chunk=CHUNK_BYTES, call=call, corpus=corpus, out=str(out), options=options)
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (out / STATE).exists()
-    prepare(corpus, out=str(out), **OPTIONS)
+    prepare(corpus, out=str(out), **options)
     assert snapshot(out) == uninterrupted
 
 
-def test_resuming_tokenises_only_what_is_missing(corpus, tmp_path, monkeypatch):
+def test_resuming_tokenises_only_what_is_missing(corpus, tmp_path, monkeypatch, options):
     encoded: list[int] = []
     encode = Encoder.encode
 
@@ -140,14 +115,14 @@ def test_resuming_tokenises_only_what_is_missing(corpus, tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, 40)
         with pytest.raises(Crash):
-            prepare(corpus, out=str(out), **OPTIONS)
+            prepare(corpus, out=str(out), **options)
     monkeypatch.setattr(Encoder, "encode", counted)
-    splits = prepare(corpus, out=str(out), **OPTIONS)["splits"]
+    splits = prepare(corpus, out=str(out), **options)["splits"]
     assert 0 < sum(encoded) <= splits["train"]["bytes"] + splits["held_out"]["bytes"] - CHUNK_BYTES
 
 
 @pytest.mark.parametrize("full_from", [1, 2, 5])
-def test_full_disk(corpus, tmp_path, uninterrupted, full_from):
+def test_full_disk(corpus, tmp_path, uninterrupted, full_from, options):
     out = tmp_path / "out"
     calls = itertools.count(1)
 
@@ -159,48 +134,63 @@ def test_full_disk(corpus, tmp_path, uninterrupted, full_from):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match="No space left on device") as raised:
-            prepare(corpus, out=str(out), **OPTIONS)
+            prepare(corpus, out=str(out), **options)
     assert str(out) in str(raised.value)
     assert "run the same command again" in str(raised.value)
     with pytest.raises(UserError, match="holds no finished preparation"):
         PreparedData.load(out)
-    prepare(corpus, out=str(out), **OPTIONS)
+    prepare(corpus, out=str(out), **options)
     assert snapshot(out) == uninterrupted
 
 
 @pytest.fixture
-def unfinished(corpus, tmp_path) -> Path:
+def unfinished(corpus, tmp_path, options) -> Path:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, 40)
         with pytest.raises(Crash):
-            prepare(corpus, out=str(out), **OPTIONS)
-    assert len(list((out / "train").glob("*.arrow"))) >= 2
+            prepare(corpus, out=str(out), **options)
+    state = json.loads((out / STATE).read_bytes())
+    assert all(done["tokens"] for done in state["progress"].values())
     return out
 
 
-def test_unfinished_folder_of_another_preparation_is_refused(corpus, unfinished):
+def test_unfinished_folder_of_another_preparation_is_refused(corpus, unfinished, options):
     before = snapshot(unfinished)
     with pytest.raises(UserError, match=r"holds another preparation \(sequence length 32, not 16\)"):
-        prepare(corpus, out=str(unfinished), **OPTIONS | {"sequence_length": 16})
+        prepare(corpus, out=str(unfinished), **options | {"sequence_length": 16})
     with pytest.raises(UserError, match=r"holds another preparation \(other input files\)"):
-        prepare(corpus[:1], out=str(unfinished), **OPTIONS)
+        prepare(corpus[:1], out=str(unfinished), **options)
     assert snapshot(unfinished) == before
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [(STATE, b"{"), (STATE, b"[]"), ("train/data-00000.arrow", b"x"), ("tokenizer/tokenizer.json", b"{}")],
+    [(STATE, b"{"), (STATE, b"[]"), ("ids", b"x"), ("lengths", b"x"), ("tokenizer/tokenizer.json", b"{}")],
 )
-def test_damaged_unfinished_folder(corpus, unfinished, name, content):
-    (unfinished / name).write_bytes(content)
+def test_damaged_unfinished_folder(corpus, unfinished, name, content, options):
+    arrow = options["format"] == "arrow"
+    files = {
+        "ids": "train/data-00000.arrow" if arrow else "train.bin",
+        "lengths": "held_out/data-00000.arrow" if arrow else "held_out.lengths",
+    }
+    (unfinished / files.get(name, name)).write_bytes(content)
     before = snapshot(unfinished)
     with pytest.raises(UserError, match=r"is damaged .* delete the folder"):
-        prepare(corpus, out=str(unfinished), **OPTIONS)
+        prepare(corpus, out=str(unfinished), **options)
     assert snapshot(unfinished).keys() - {LOCK} == before.keys() - {LOCK}
 
 
-def test_two_processes_do_not_write_one_folder(corpus, tmp_path):
+@pytest.mark.parametrize("options", ["arrow"], indirect=True)
+def test_unfinished_folder_from_before_there_were_formats(corpus, unfinished, uninterrupted, options):
+    state = json.loads((unfinished / STATE).read_bytes())
+    del state["options"]["format"]
+    (unfinished / STATE).write_text(json.dumps(state))
+    prepare(corpus, out=str(unfinished), **options)
+    assert snapshot(unfinished) == uninterrupted
+
+
+def test_two_processes_do_not_write_one_folder(corpus, tmp_path, options):
     filelock = pytest.importorskip("filelock")
     out = tmp_path / "out"
     out.mkdir()
@@ -208,6 +198,6 @@ def test_two_processes_do_not_write_one_folder(corpus, tmp_path):
         filelock.FileLock(out / LOCK, is_singleton=False),
         pytest.raises(UserError, match="another process is preparing"),
     ):
-        prepare(corpus, out=str(out), **OPTIONS)
+        prepare(corpus, out=str(out), **options)
     assert {path.name for path in out.iterdir()} <= {LOCK}
-    prepare(corpus, out=str(out), **OPTIONS)
+    prepare(corpus, out=str(out), **options)

@@ -13,6 +13,7 @@ from tokenformer.errors import UserError
 EXAMPLE = """\
   tokenformer data prepare --input books/*.txt --tokenizer train:4096 --out prepared/books
   tokenformer data prepare --input web.jsonl.zst --tokenizer tokenizer.json --out prepared/web --held-out 0.01
+  tokenformer data prepare --input web.jsonl.zst --tokenizer tokenizer.json --out prepared/neox --format megatron
 """
 
 HELP = f"""\

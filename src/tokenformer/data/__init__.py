@@ -7,17 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenformer.data.megatron import MegatronData
     from tokenformer.data.preparation import prepare
     from tokenformer.data.prepared import PreparedData
+    from tokenformer.data.tokenised import TokenisedData, TrainingData, open_data
     from tokenformer.data.tokenizer import tokenizer_hash
 
 _LAZY = {
+    "MegatronData": "tokenformer.data.megatron",
     "PreparedData": "tokenformer.data.prepared",
+    "TokenisedData": "tokenformer.data.tokenised",
+    "TrainingData": "tokenformer.data.tokenised",
+    "open_data": "tokenformer.data.tokenised",
     "prepare": "tokenformer.data.preparation",
     "tokenizer_hash": "tokenformer.data.tokenizer",
 }
 
-__all__ = ["PreparedData", "prepare", "tokenizer_hash"]
+__all__ = ["MegatronData", "PreparedData", "TokenisedData", "TrainingData", "open_data", "prepare", "tokenizer_hash"]
 
 
 def __getattr__(name: str) -> Any:

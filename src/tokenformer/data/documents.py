@@ -61,22 +61,23 @@ class Source(Protocol):
         """
 
 
-def open_sources(arguments: list[str], text_field: str) -> list[Source]:
+def open_sources(arguments: list[str], text_field: str, split: str = "train") -> list[Source]:
     """Return one source for each argument: a file, or else the name of a dataset on the Hub.
 
     Args:
         arguments: paths or Hub names.
         text_field: the field or column that holds the text, where the format has fields.
+        split: of datasets on the Hub.
 
     Raises:
         UserError: if a file is missing, is a folder or has an unknown extension, or a dataset cannot be loaded.
     """
     if not arguments:
         raise UserError("no input: name at least one file with --input")
-    return [_open(argument, text_field) for argument in arguments]
+    return [_open(argument, text_field, split) for argument in arguments]
 
 
-def _open(argument: str, text_field: str) -> Source:
+def _open(argument: str, text_field: str, split: str) -> Source:
     folder = os.path.dirname(argument)
     if os.path.isdir(argument):
         raise UserError(f"'{argument}' is a folder: name the files in it, such as {os.path.join(argument, '*.txt')}")
@@ -90,7 +91,7 @@ def _open(argument: str, text_field: str) -> Source:
         or not _HUB_NAME.fullmatch(argument)
     ):
         raise UserError(f"file not found: '{argument}'")
-    return HubDataset(argument, text_field)
+    return HubDataset(argument, text_field, split)
 
 
 class File:
@@ -258,17 +259,17 @@ class _ZstdReader(io.RawIOBase):
 
 
 class HubDataset:
-    """The documents of the `train` split of a dataset on the Hub.
+    """The documents of one split of a dataset on the Hub.
 
     It is downloaded once into the cache of `datasets` rather than streamed, because it is read several times.
     """
 
-    def __init__(self, name: str, text_field: str) -> None:
+    def __init__(self, name: str, text_field: str, split: str) -> None:
         import datasets
 
         self.name, self.text_field = name, text_field
         try:
-            self._rows = datasets.load_dataset(name, split="train", streaming=False)
+            self._rows = datasets.load_dataset(name, split=split, streaming=False)
         except Exception as error:  # the Hub client raises dozens of unrelated types
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"'{name}' is no file here, and not a dataset the Hub could load: {reason}") from error

@@ -1,8 +1,8 @@
 """Preparing a corpus: read and check everything, choose the held-out documents, tokenise, pack, write.
 
 Nothing is written before the whole input has been read once. From then on the folder is always in one of two states: it
-has a manifest.json and is complete, or it has a preparing.json that says what is already there. Every shard gets its
-name before preparing.json counts it, so a killed run writes at most the last chunk again, with the same bytes.
+has a manifest.json and is complete, or it has a preparing.json that says what is already there. Every chunk is safe on
+disk before preparing.json counts it, so a killed run writes at most the last chunk again, with the same bytes.
 """
 
 import hashlib
@@ -12,21 +12,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tokenformer.data.documents import Source, open_sources
-from tokenformer.data.packing import SplitProgress, chunks
-from tokenformer.data.prepared import FORMAT_VERSION, MANIFEST, PreparedData, check_shards, damaged, read_manifest
+from tokenformer.data.megatron_writer import LENGTHS, MegatronStore
+from tokenformer.data.packing import ArrowStore, SplitProgress, chunks
+from tokenformer.data.prepared import FORMAT_VERSION, MANIFEST, PreparedData, damaged, read_manifest, set_default_format
 from tokenformer.data.progress import Bars
 from tokenformer.data.split import SPLITS, Split
-from tokenformer.data.storage import ids_sha256, write_atomically, write_dataset_files, write_json, writing
+from tokenformer.data.storage import ids_sha256, write_atomically, write_json, writing
 from tokenformer.data.tokenizer import Encoder, TokenizerChoice, choose, pieces, tokenizer_config, train
 from tokenformer.errors import UserError
 
 STATE = "preparing.json"
 LOCK = "preparing.lock"
+STORES: dict[str, type[ArrowStore] | type[MegatronStore]] = {"arrow": ArrowStore, "megatron": MegatronStore}
 
 
 def prepare(
@@ -39,9 +41,10 @@ def prepare(
     text_field: str = "text",
     workers: int | None = None,
     seed: int = 0,
+    format: Literal["arrow", "megatron"] = "arrow",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Tokenise and pack text into a folder that `PreparedData.load` and `datasets.load_from_disk` memory-map.
+    """Tokenise and pack text into a folder whose rows `PreparedData.load` memory-maps, the same rows in each format.
 
     Calling it again with the same arguments continues where a killed call stopped, with the same bytes as a result;
     once it is finished, nothing is changed.
@@ -55,6 +58,7 @@ def prepare(
         text_field: the field (JSON) or column (Parquet, Hub) that holds the text.
         workers: threads that tokenise; all cores if not given. It does not change the result.
         seed: varies which documents are held out.
+        format: arrow for rows that `datasets` opens, megatron for the .bin and .idx files of GPT-NeoX and Megatron-LM.
         progress: show progress bars where stderr is a terminal.
 
     Returns:
@@ -64,6 +68,8 @@ def prepare(
         UserError: if an argument, the input or the folder is wrong; unless writing itself failed, nothing was written.
     """
     _check_numbers(sequence_length, held_out, workers)
+    if format not in STORES:
+        raise UserError(f"no format '{format}': use {' or '.join(STORES)}")
     choice = choose(tokenizer)
     sources = open_sources(input, text_field)
     folder = Path(out)
@@ -74,6 +80,7 @@ def prepare(
         "held_out": held_out,
         "text_field": text_field,
         "seed": seed,
+        "format": format,
     }
     with Bars(progress) as bars:
         _look(folder)  # refuse a folder that holds something else before reading a large input
@@ -129,6 +136,7 @@ class _State:
                 raise ValueError("written by another version")
             split = Split(**content.pop("split"))
             progress = {name: SplitProgress(**done) for name, done in content.pop("progress").items()}
+            set_default_format(content["options"])
             return cls(**content, split=split, progress=progress)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(folder, f"{STATE} cannot be read: {error}") from error
@@ -164,8 +172,9 @@ class _Job:
 
     def resume(self, state: _State) -> bytes:
         """Check what a killed run left and return its tokenizer.json."""
+        store = self._store(state)
         for name, done in state.progress.items():
-            check_shards(self.folder, name, done.shards)
+            store.check(name, done)
         saved = self.folder / "tokenizer" / "tokenizer.json"
         tokenizer_json = saved.read_bytes() if saved.exists() else self._tokenizer_json(state.split)
         if hashlib.sha256(tokenizer_json).hexdigest() != state.tokenizer["sha256"]:
@@ -181,7 +190,7 @@ class _Job:
             if not (self.folder / "tokenizer" / name).exists():
                 write_atomically(self.folder / "tokenizer" / name, content)
         encoder = self._encoder(tokenizer_json)
-        sequence_length = state.options["sequence_length"]
+        store = self._store(state)
         parts = state.split.parts(self.sources, skip=sum(done.documents for done in state.progress.values()))
         bytes_done = sum(done.bytes for done in state.progress.values())
         with self.bars.bar("tokenising", state.split.num_bytes, bytes_done) as advance:
@@ -194,31 +203,29 @@ class _Job:
                     state.progress[name].bytes += size
                     advance(size)
                 for name, done in state.progress.items():
-                    done.write(self.folder / name, encoded[name], sequence_length, encoder.dtype)
+                    store.append(name, done, encoded[name])
                 state.write(self.folder)
-        return self._finish(state, encoder.dtype.name)
+        return self._finish(state, store)
 
-    def _finish(self, state: _State, dtype: str) -> dict[str, Any]:
-        from datasets import load_from_disk
-
+    def _finish(self, state: _State, store: ArrowStore | MegatronStore) -> dict[str, Any]:
         splits = {}
         for name, done in state.progress.items():
-            write_dataset_files(self.folder / name, len(done.shards), dtype, state.options["sequence_length"])
+            rows, shards = store.finish(name, done)
             splits[name] = {
                 "documents": done.documents,
                 "bytes": done.bytes,
                 "tokens": done.tokens,
                 "rows": done.rows,
-                "dropped_tokens": len(done.carry),
-                "sha256": ids_sha256(load_from_disk(str(self.folder / name))),
-                "shards": done.shards,
+                "dropped_tokens": done.tokens - done.rows * store.sequence_length,
+                "sha256": ids_sha256(rows),
+                "shards": shards,
             }
         manifest = {
             "format_version": FORMAT_VERSION,
             "options": state.options,
             "files": state.files,
             "tokenizer": state.tokenizer,
-            "dtype": dtype,
+            "dtype": store.dtype.name,
             "split_by": state.split.by,
             "empty_documents": state.split.num_empty,
             "splits": splits,
@@ -226,6 +233,10 @@ class _Job:
         write_json(self.folder / MANIFEST, manifest)
         _remove_leftovers(self.folder)
         return manifest
+
+    def _store(self, state: _State) -> ArrowStore | MegatronStore:
+        store = STORES[state.options["format"]]
+        return store(self.folder, state.options["sequence_length"], state.tokenizer["vocab_size"])
 
     def _tokenizer_json(self, split: Split) -> bytes:
         if self.choice.given is not None:
@@ -278,7 +289,7 @@ def _look(
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what a finished folder no longer needs; a kill right after the manifest was written leaves it."""
-    for name in (STATE, LOCK):
+    for name in (STATE, LOCK, *(split + LENGTHS for split in SPLITS)):
         if (folder / name).exists():
             with writing(folder):
                 (folder / name).unlink(missing_ok=True)

@@ -1,12 +1,14 @@
 """A prepared folder, read back and checked."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenformer.data.megatron import MegatronData
 from tokenformer.data.split import SPLITS
-from tokenformer.data.storage import ids_sha256
+from tokenformer.data.storage import file_sha256, ids_sha256
 from tokenformer.data.tokenizer import tokenizer_hash
 from tokenformer.errors import UserError
 
@@ -58,7 +60,7 @@ class PreparedData:
 
         path = Path(path)
         manifest = read_manifest(path)
-        splits = {name: _load_split(path, name, manifest["splits"][name], verify) for name in SPLITS}
+        splits = {name: _load_split(path, name, manifest, verify) for name in SPLITS}
         expected = manifest["tokenizer"]["sha256"]
         if not (path / "tokenizer" / "tokenizer.json").is_file() or tokenizer_hash(path / "tokenizer") != expected:
             raise damaged(path, "tokenizer/tokenizer.json is missing or was changed")
@@ -77,13 +79,23 @@ class PreparedData:
             sequence_length=manifest["options"]["sequence_length"],
         )
 
-    def tokens_per_byte(self, split: str) -> float:
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the rows of each split."""
+        return {name: split["sha256"] for name, split in self.manifest["splits"].items()}
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Copy tokenizer.json and tokenizer_config.json."""
+        shutil.copytree(self.path / "tokenizer", folder, dirs_exist_ok=True)
+
+    def tokens_per_byte(self, split: str, *, progress: bool = False) -> float:
         """Return the tokens that stand for one UTF-8 byte of text, end tokens included.
 
         A loss in nats per token becomes bits per byte as `loss / ln(2) * tokens_per_byte(split)`.
 
         Args:
             split: `train` or `held_out`.
+            progress: has no effect here, where the number is known.
 
         Raises:
             UserError: if there is no such split.
@@ -127,10 +139,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     if not complete:
         raise damaged(path, f"{MANIFEST} lacks some of its fields")
+    set_default_format(manifest["options"])
     return manifest
 
 
-def check_shards(path: Path, name: str, shards: list[dict[str, Any]]) -> None:
+def set_default_format(options: dict[str, Any]) -> None:
+    """Name the format in the options of a preparation that was begun before there was a choice."""
+    options.setdefault("format", "arrow")
+
+
+def check_shards(path: Path, subfolder: str, shards: list[dict[str, Any]]) -> None:
     """Check that the shards of a split are there and have their sizes.
 
     To be done before they are opened: reading beyond the end of a memory-mapped file can end the process.
@@ -139,19 +157,28 @@ def check_shards(path: Path, name: str, shards: list[dict[str, Any]]) -> None:
         UserError: if one is missing or has another size.
     """
     for shard in shards:
-        file = path / name / shard["file"]
-        if not file.is_file() or file.stat().st_size != shard["bytes"]:
-            raise damaged(path, f"{name}/{shard['file']} is missing or has the wrong size")
+        file = Path(subfolder, shard["file"])
+        if not (path / file).is_file() or (path / file).stat().st_size != shard["bytes"]:
+            raise damaged(path, f"{file} is missing or has the wrong size")
 
 
-def _load_split(path: Path, name: str, expected: dict[str, Any], verify: bool) -> "Dataset":
+def _load_split(path: Path, name: str, manifest: dict[str, Any], verify: bool) -> "Dataset":
     from datasets import load_from_disk
 
-    check_shards(path, name, expected["shards"])
+    expected = manifest["splits"][name]
+    is_megatron = manifest["options"]["format"] == "megatron"
+    check_shards(path, "" if is_megatron else name, expected["shards"])
     try:
-        dataset = load_from_disk(str(path / name))
-        if len(dataset) == expected["rows"] and (not verify or ids_sha256(dataset) == expected["sha256"]):
-            return dataset
+        if is_megatron:
+            dataset = MegatronData.open(path / name).rows(manifest["options"]["sequence_length"])
+            intact = not verify or all(
+                file_sha256(path / file["file"]) == file["sha256"] for file in expected["shards"]
+            )
+        else:
+            dataset = load_from_disk(str(path / name))
+            intact = not verify or ids_sha256(dataset) == expected["sha256"]
     except Exception as error:  # arrow and datasets raise many unrelated types
         raise damaged(path, f"{name} cannot be opened: {error}") from error
-    raise damaged(path, f"the ids of {name} are not those that were written")
+    if not intact or len(dataset) != expected["rows"]:
+        raise damaged(path, f"the ids of {name} are not those that were written")
+    return dataset

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,11 +35,16 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     Raises:
         UserError: if the file cannot be written, for example because the disk is full.
     """
+    write_blocks_atomically(path, [data])
+
+
+def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    """Do as `write_atomically` with `blocks`, one behind the other, which need not be in memory at once."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines(blocks)
             file.flush()
             # Without it the new name could survive a power cut and the content not.
             os.fsync(file.fileno())
@@ -92,6 +97,15 @@ def write_dataset_files(folder: Path, num_shards: int, dtype: str, sequence_leng
     }
     write_json(folder / "dataset_info.json", info)
     write_json(folder / "state.json", state)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hexadecimal) of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def ids_sha256(dataset: "Dataset") -> str:

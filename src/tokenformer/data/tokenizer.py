@@ -156,6 +156,11 @@ def _tokenizer(tokenizer_json: bytes) -> "Tokenizer":
     return Tokenizer.from_str(tokenizer_json.decode())
 
 
+def ids_dtype(vocab_size: int) -> np.dtype:
+    """Return the smallest integer type that holds every id of a vocabulary and that torch can take."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
 class Encoder:
     """Encodes documents on several threads, each document followed by the end token.
 
@@ -179,7 +184,7 @@ class Encoder:
         self._tokenizer.no_padding()
         self._workers = workers
         self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+        self.dtype = ids_dtype(self.vocab_size)
         self._end = np.array([self._tokenizer.token_to_id(end_token)], dtype=self.dtype)
 
     def encode(self, texts: Iterable[str]) -> Iterator[np.ndarray]:

@@ -46,10 +46,17 @@ class DataRecipe:
     """What it is trained on.
 
     Args:
-        path: folder written by `tokenformer data prepare`.
+        path: folder written by `tokenformer data prepare`, or tokenised .bin and .idx files of GPT-NeoX or Megatron-LM,
+            named without the ending. The fields below describe such files; a folder knows them itself.
+        tokenizer: tokenizer.json that the files were made with, or a folder that holds it.
+        held_out: other files, or the fraction of the documents to hold out, at the end (0.01).
+        sequence_length: tokens in a row.
     """
 
     path: str = ""
+    tokenizer: str | None = None
+    held_out: float | str | None = None
+    sequence_length: int | None = None
 
 
 @dataclass
@@ -135,7 +142,7 @@ class Recipe:
         if not self.out:
             raise UserError("out: give the folder of the run, for instance --out runs/first")
         if not self.data.path:
-            raise UserError("data.path: give a folder written by `tokenformer data prepare`")
+            raise UserError("data.path: give a folder written by `tokenformer data prepare`, or tokenised .bin files")
         if self.model.path and self.model.preset:
             raise UserError("model.path and model.preset exclude each other: a folder already has its sizes")
         if self.optimizer.state == "carried" and not self.model.path:
@@ -182,6 +189,7 @@ RECIPE_FILE = "recipe.yaml"
 _FREE = {"out", "training.threads", "training.keep_checkpoints", "training.save_every"}
 _POSITIVE = {
     "model": ("hidden_size", "num_hidden_layers", "num_attention_heads", "qkv", "output", "ffn"),
+    "data": ("sequence_length",),
     "optimizer": ("learning_rate", "max_grad_norm"),
     "training": ("tokens", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "threads"),
 }

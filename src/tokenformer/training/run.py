@@ -1,5 +1,6 @@
 """One training run, from recipe to model: opened or resumed, trained, evaluated, saved and summed up."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
-from tokenformer.data import PreparedData, tokenizer_hash
+from tokenformer.data import TrainingData, open_data, tokenizer_hash
 from tokenformer.errors import UserError
 from tokenformer.evaluation import evaluate_perplexity
 from tokenformer.folders import CHECKPOINTS, PARTIAL, saving, step_of, whole_checkpoints, write_atomically
@@ -57,10 +58,11 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
     threads = set_threads(recipe.training.threads)
     device = pick_device()
     precision = pick_precision(recipe.training.precision, device)
-    data = PreparedData.load(recipe.data.path)
+    data = open_data(**dataclasses.asdict(recipe.data))
     steps = _steps(recipe, data)
     set_seed(recipe.training.seed)
     model = _build_model(recipe, data)
+    tokens_per_byte = data.tokens_per_byte("held_out", progress=progress)
     carried = carried_state(Path(str(recipe.model.path))) if recipe.optimizer.state == "carried" else None
 
     disable_progress_bar()  # transformers' bars for writing a file would tear ours
@@ -81,9 +83,7 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
 
     def evaluate(candidate: torch.nn.Module) -> dict[str, float]:
         with metrics.paused():
-            return evaluate_perplexity(
-                candidate, data.held_out, tokens_per_byte=data.tokens_per_byte("held_out"), batch_size=batch
-            )
+            return evaluate_perplexity(candidate, data.held_out, tokens_per_byte=tokens_per_byte, batch_size=batch)
 
     trainer = LanguageTrainer(
         run=run,
@@ -142,7 +142,7 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
     model.config.use_cache = True
     with saving(run):
         model.save_pretrained(run)
-        shutil.copytree(data.path / "tokenizer", run, dirs_exist_ok=True)
+        data.save_tokenizer(run)
         write_atomically(run / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -170,19 +170,18 @@ def _check_folder(run: Path, recipe: Recipe) -> dict[str, Any] | None:
     return None
 
 
-def _check_data(run: Path, data: PreparedData) -> None:
+def _check_data(run: Path, data: TrainingData) -> None:
     """Remember what the run is trained on, or see that it is still the same: the path alone does not tell."""
-    hashes = {name: split["sha256"] for name, split in data.manifest["splits"].items()}
     file = run / DATA_FILE
     if not file.exists():
-        write_atomically(file, json.dumps(hashes, indent=2) + "\n")
-    elif json.loads(file.read_text(encoding="utf-8")) != hashes:
+        write_atomically(file, json.dumps(data.fingerprints, indent=2) + "\n")
+    elif json.loads(file.read_text(encoding="utf-8")) != data.fingerprints:
         raise UserError(
-            f"{data.path} was prepared anew since {run} began: bring the old data back, or give another out"
+            f"{data.path} was changed or prepared anew since {run} began: bring the old data back, or give another out"
         )
 
 
-def _steps(recipe: Recipe, data: PreparedData) -> int:
+def _steps(recipe: Recipe, data: TrainingData) -> int:
     batch = recipe.training.batch_size
     if len(data.train) < batch:
         raise UserError(
@@ -192,7 +191,7 @@ def _steps(recipe: Recipe, data: PreparedData) -> int:
     return math.ceil(recipe.training.tokens / (batch * data.sequence_length))
 
 
-def _build_model(recipe: Recipe, data: PreparedData) -> TokenFormerForCausalLM:
+def _build_model(recipe: Recipe, data: TrainingData) -> TokenFormerForCausalLM:
     """A new model of the recipe's sizes, or the one in model.path, checked against the data."""
     given = recipe.model
     if given.path:
@@ -200,8 +199,8 @@ def _build_model(recipe: Recipe, data: PreparedData) -> TokenFormerForCausalLM:
         tokenizer = Path(given.path) / "tokenizer.json"
         if tokenizer.is_file() and tokenizer_hash(tokenizer) != data.tokenizer_hash:
             raise UserError(
-                f"the tokenizer of {given.path} is not the one that {data.path} was prepared with: "
-                f"prepare the data with --tokenizer {given.path}"
+                f"the tokenizer of {given.path} is not that of {data.path}: prepare the data with --tokenizer "
+                f"{given.path}, or give it as data.tokenizer if it made these files"
             )
     else:
         # A multiple of 64 keeps the largest matrix product aligned; the ids above the tokenizer's are never seen.
@@ -234,7 +233,8 @@ def _build_model(recipe: Recipe, data: PreparedData) -> TokenFormerForCausalLM:
     if data.sequence_length > model.config.max_position_embeddings:
         raise UserError(
             f"{data.path} is packed to {data.sequence_length} tokens, the model takes "
-            f"{model.config.max_position_embeddings}: prepare the data with a shorter --sequence-length"
+            f"{model.config.max_position_embeddings}: prepare the data with a shorter --sequence-length, "
+            "or lower data.sequence_length of tokenised files"
         )
     return model
 
@@ -273,7 +273,7 @@ def _arguments(recipe: Recipe, run: Path, steps: int, precision: str, device: to
     )
 
 
-def _compile(trainer: LanguageTrainer, recipe: Recipe, flops_per_token: int, data: PreparedData) -> float:
+def _compile(trainer: LanguageTrainer, recipe: Recipe, flops_per_token: int, data: TrainingData) -> float:
     """Compile the model and try one step; go on without where that fails. Returns the seconds it took."""
     choice = recipe.training.compile
     if choice == "off" or (choice == "auto" and not _compile_pays(recipe, flops_per_token, trainer.args.device)):
