@@ -7,15 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenformer import ops
+    from tokenformer import nn, ops
     from tokenformer.errors import UserError
     from tokenformer.growth import grow
     from tokenformer.models import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
+    from tokenformer.nn import replace_linear
     from tokenformer.pattention import ParameterTokens, Pattention
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "nn": "tokenformer.nn",
     "ops": "tokenformer.ops",
     "UserError": "tokenformer.errors",
     "grow": "tokenformer.growth",
@@ -24,6 +26,7 @@ _LAZY = {
     "TokenFormerModel": "tokenformer.models",
     "ParameterTokens": "tokenformer.pattention",
     "Pattention": "tokenformer.pattention",
+    "replace_linear": "tokenformer.nn",
 }
 
 __all__ = [
@@ -35,7 +38,9 @@ __all__ = [
     "UserError",
     "__version__",
     "grow",
+    "nn",
     "ops",
+    "replace_linear",
 ]
 
 
@@ -43,7 +48,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    return module if name == "ops" else getattr(module, name)
+    return module if name in ("nn", "ops") else getattr(module, name)
 
 
 def __dir__() -> list[str]:
