@@ -1,11 +1,13 @@
 """What the paper says, in float64 and without the package: the independent side of the comparisons in these tests.
 
-`pattention` is Eq. 4 in plain torch, so that autograd gives float64 gradients; `forward` is the published forward pass
-in NumPy. Neither has an epsilon in Pattention, as the published GPU code has none.
+`pattention` is Eq. 4 in plain torch, so that autograd gives float64 gradients; `forward` and `published_logits` are the
+published forward pass in NumPy, for our parameters and for a checkpoint in the published names. None has an epsilon in
+Pattention, as the published GPU code has none.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,16 +61,25 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 # The forward pass, in NumPy
 
+# A Pattention: keys (N, D), values (N, D), tau.
+Tokens = tuple[np.ndarray, np.ndarray, float]
+
+
+@dataclass
+class Sizes:
+    """What the parameters do not tell."""
+
+    heads: int
+    rotary: int
+    normalization: str
+
 
 def _gelu(x: np.ndarray) -> np.ndarray:
     return x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))) / 2
 
 
-def _pattention(x: np.ndarray, weights: dict[str, np.ndarray], path: str, normalization: str) -> np.ndarray:
-    names = [name for name in weights if name.startswith(f"{path}.segments.")]
-    key = np.concatenate([weights[name] for name in names if name.endswith(".key")])
-    value = np.concatenate([weights[name] for name in names if name.endswith(".value")])
-    tau = float(weights[f"{path}.scale"])
+def _pattention(x: np.ndarray, tokens: Tokens, normalization: str) -> np.ndarray:
+    key, value, tau = tokens
     scores = x @ key.T
     if normalization == "l2_gelu":
         shares = _gelu(tau * scores / np.linalg.norm(scores, axis=-1, keepdims=True))
@@ -95,37 +106,80 @@ def _rotate(x: np.ndarray, positions: np.ndarray, size: int, base: float = 10000
     return turned
 
 
-def forward(model: torch.nn.Module, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Logits (T, V), hidden states (T, D) and attention (H, T, T) of one sequence, from a model's parameters alone."""
-    config: Any = model.config
-    weights = {name: tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
-    head_size = config.hidden_size // config.num_attention_heads
+def _decoder(
+    ids: Sequence[int],
+    embedding: np.ndarray,
+    layers: Sequence[dict[str, Tokens]],
+    norm: tuple[np.ndarray, np.ndarray],
+    sizes: Sizes,
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Logits (T, V), hidden states (T, D) and attention (H, T, T) of one sequence (Eq. 5-10)."""
+    head_size = embedding.shape[1] // sizes.heads
     positions = np.arange(len(ids))
-    embedding = weights["model.embed_tokens.weight"]
     hidden = embedding[np.asarray(ids)]
     states, attentions = [hidden], []
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
+    for layer in layers:
         normed = _layer_norm(hidden)
         query, key, value = (
-            _pattention(normed, weights, f"{layer}.attention.{name}", config.normalization)
-            for name in ("query", "key", "value")
+            _pattention(normed, layer[name], sizes.normalization) for name in ("query", "key", "value")
         )
         mixed, maps = [], []
-        for head in range(config.num_attention_heads):
+        for head in range(sizes.heads):
             channels = slice(head * head_size, (head + 1) * head_size)
-            size = int(head_size * config.rotary_pct)
-            q, k = _rotate(query[:, channels], positions, size), _rotate(key[:, channels], positions, size)
+            q, k = (_rotate(x[:, channels], positions, sizes.rotary) for x in (query, key))
             scores = q @ k.T / math.sqrt(head_size)
             scores[positions[:, None] < positions] = -np.inf
             shares = np.exp(scores - scores.max(-1, keepdims=True))
             maps.append(shares / shares.sum(-1, keepdims=True))
             mixed.append(maps[-1] @ value[:, channels])
         attentions.append(np.stack(maps))
-        hidden = hidden + _pattention(
-            np.concatenate(mixed, -1), weights, f"{layer}.attention.output", config.normalization
-        )
-        hidden = hidden + _pattention(_layer_norm(hidden), weights, f"{layer}.ffn", config.normalization)
+        hidden = hidden + _pattention(np.concatenate(mixed, -1), layer["output"], sizes.normalization)
+        hidden = hidden + _pattention(_layer_norm(hidden), layer["ffn"], sizes.normalization)
         states.append(hidden)
-    states[-1] = _layer_norm(hidden) * weights["model.norm.weight"] + weights["model.norm.bias"]
+    weight, bias = norm
+    states[-1] = _layer_norm(hidden) * weight + bias
     return states[-1] @ embedding.T, states, attentions
+
+
+def forward(model: torch.nn.Module, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Logits (T, V), hidden states (T, D) and attention (H, T, T) of one sequence, from a model's parameters alone."""
+    config: Any = model.config
+    weights = {name: tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
+
+    def tokens(path: str) -> Tokens:
+        names = [name for name in weights if name.startswith(f"{path}.segments.")]
+        key, value = (np.concatenate([weights[n] for n in names if n.endswith(end)]) for end in (".key", ".value"))
+        return key, value, float(weights[f"{path}.scale"])
+
+    paths = {name: f"attention.{name}" for name in ("query", "key", "value", "output")} | {"ffn": "ffn"}
+    layers = [
+        {name: tokens(f"model.layers.{i}.{path}") for name, path in paths.items()}
+        for i in range(config.num_hidden_layers)
+    ]
+    head_size = config.hidden_size // config.num_attention_heads
+    sizes = Sizes(config.num_attention_heads, int(head_size * config.rotary_pct), config.normalization)
+    norm = weights["model.norm.weight"], weights["model.norm.bias"]
+    return _decoder(ids, weights["model.embed_tokens.weight"], layers, norm, sizes)
+
+
+def published_logits(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], ids: Sequence[int]) -> np.ndarray:
+    """Logits (T, V) that the published code gives for a checkpoint in its own names.
+
+    There tau is the root of the number of tokens, and the factor of softmax their number.
+    """
+    weights = {name: tensor.double().numpy() for name, tensor in tensors.items()}
+
+    def tokens(path: str) -> Tokens:
+        key, value = weights[f"{path}.key_param_tokens"], weights[f"{path}.value_param_tokens"]
+        return key, value, math.sqrt(len(key))
+
+    paths = {name: f"attention.{name}" for name in ("query", "key", "value")}
+    paths |= {"output": "attention.proj", "ffn": "mlp"}
+    count = config["num_layers"]
+    layers = [{name: tokens(f"sequential.{i + 2}.{path}") for name, path in paths.items()} for i in range(count)]
+    kinds = {"l2_norm_gelu": "l2_gelu", "gelu_l2_norm": "gelu_l2", "softmax": "softmax"}
+    rotary = int(config["hidden_size"] // config["num_attention_heads"] * config["rotary_pct"])
+    sizes = Sizes(config["num_attention_heads"], rotary, kinds[config["norm_activation_type"]])
+    norm = weights[f"sequential.{count + 3}.norm.weight"], weights[f"sequential.{count + 3}.norm.bias"]
+    logits, _, _ = _decoder(ids, weights["sequential.0.word_embeddings.weight"], layers, norm, sizes)
+    return logits

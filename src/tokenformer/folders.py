@@ -58,9 +58,8 @@ def saving(target: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # torch.save reports a failed write as RuntimeError, safetensors as SafetensorError, neither with an errno.
-        if any(
-            sign in str(error) for sign in ("No space left", "File too large", "file write failed", "PytorchStream")
-        ):
+        signs = ("No space left", "File too large", "file write failed", "PytorchStream", "inline_container")
+        if any(sign in str(error) for sign in signs):
             raise UserError(_cannot_write(target, "no space left on the device")) from error
         raise
 

@@ -222,7 +222,7 @@ def grow_folder(
     # Not at the top: growing a module of one's own does not need the models.
     from transformers.utils.logging import disable_progress_bar
 
-    from tokenformer.models.loading import load_model
+    from tokenformer.models.loading import copy_tokenizer, load_model, model_folder
 
     source = Path(model)
     disable_progress_bar()
@@ -233,8 +233,7 @@ def grow_folder(
         torch.manual_seed(seed)
         grow(whole, qkv=qkv, output=output, ffn=ffn, keys=keys, scale=scale, name=name)
         whole.save_pretrained(partial)
-        for file in source.glob("tokenizer*.json"):
-            shutil.copy2(file, partial)
+        copy_tokenizer(model_folder(model), partial)
         if moments is not None:
             shutil.copy2(moments, partial / "optimizer.pt")
     return {"out": out, "segment": whole.config.segments[-1]["name"], "before": before, "after": whole.num_parameters()}

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tokenformer.ops.products import linear
 from tokenformer.pattention import BASE, Pattention
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ def rotary_angles(
 
     Computed on the fly: a buffer would have to survive meta-device loading, and it is `rotary_dim / 2` powers.
     """
-    exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device, dtype=torch.float32) / rotary_dim
-    angles = position_ids[..., None].float() * theta**-exponents
+    exact = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device, dtype=exact) / rotary_dim
+    angles = position_ids[..., None].to(exact) * theta**-exponents
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -122,6 +124,14 @@ class TokenFormerAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, probabilities = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.output(mixed.reshape(*rows, -1)), probabilities
+
+
+class OutputEmbedding(nn.Linear):
+    """Logits (B, T, V) of hidden states (B, T, D): a linear layer that is fast for one position too, where compiled."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return linear(x, self.weight)
 
 
 class TokenFormerBlock(GradientCheckpointingLayer):

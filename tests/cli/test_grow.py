@@ -35,11 +35,13 @@ def refused(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_outputs_stay_and_the_tokenizer_comes_along(
     model: TokenFormerForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "model" / "special_tokens_map.json").write_text("{}", encoding="utf-8")
     assert main(["grow", str(tmp_path / "model"), str(tmp_path / "out"), "--qkv", "24", "--ffn", "40"]) == 0
     grown = load_model(tmp_path / "out")
     assert torch.equal(grown(IDS).logits, model(IDS).logits)
     assert grown.config.segments[1] == {"name": "grown1", "qkv": 12, "output": 0, "ffn": 20}
-    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "model/tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     assert f"{model.num_parameters():,} -> {grown.num_parameters():,}" in capsys.readouterr().out
 
 

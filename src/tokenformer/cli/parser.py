@@ -105,7 +105,7 @@ def add_signature(
         options: dict[str, Any] = {"help": helps[name]}
         if types[name] is bool:
             options |= {"action": "store_true"}
-        elif types[name] == list[str]:
+        elif types[name] in (list[str], list[str] | None):
             options |= {"type": str, "nargs": "+"}
         else:
             options |= {"type": types[name]}

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from tokenformer.errors import UserError
 from tokenformer.ops import get_activation, get_normalization
 from tokenformer.pattention import BASE, check_segment_name
+from tokenformer.published import is_published, our_fields
 
 # name: (layers, hidden size, heads, qkv and output tokens, ffn tokens, context); paper Tables 1, 6 and 9
 _PRESETS = {
@@ -119,6 +120,20 @@ class TokenFormerConfig(PreTrainedConfig):
         if self.rope_parameters["rope_type"] != "default":
             raise UserError(f"rope_type '{self.rope_parameters['rope_type']}' is not supported: use 'default'")
         return kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`; also takes a published configuration, which names its fields otherwise.
+
+        Such a configuration does not state the vocabulary: it is 50304, unless weights say otherwise
+        (`TokenFormerForCausalLM.from_pretrained`).
+
+        Raises:
+            UserError: a published field is missing, or asks for what this library does not implement.
+        """
+        if is_published(config_dict):
+            config_dict = our_fields(config_dict, "the published configuration")
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def head_dim(self) -> int:

@@ -1,16 +1,15 @@
-"""Models and tokenizers from a folder written by `save_pretrained`, or from the Hub.
+"""Models and tokenizers from a folder written by `save_pretrained`, from a published one, or from the Hub.
 
 Weights are compared with the configuration before they are read: transformers would start from random values for what
 is missing and pass over what the configuration does not list.
 """
 
-import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +17,29 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from tokenformer.errors import UserError
+from tokenformer.models.checkpoints import (
+    WEIGHTS_FILES,
+    download,
+    listed_files,
+    one_line,
+    published_fields_of,
+    read_json,
+    read_published,
+)
 from tokenformer.models.configuration_tokenformer import TokenFormerConfig
 from tokenformer.models.modeling_tokenformer import TokenFormerForCausalLM
+from tokenformer.published import is_published_name
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ def load_model(
     """A language model, in evaluation mode.
 
     Args:
-        path: folder, or name of a model on the Hub (`owner/name`).
+        path: folder, ours or published, or name of a model on the Hub (`owner/name`).
         dtype: of the weights; as saved if not given. Scales stay float32.
         device: where to put it; the CPU if not given.
 
@@ -55,31 +73,57 @@ def load_model(
         UserError: no such folder; no configuration, or not a TokenFormer's; weights that are missing, damaged, or do
             not fit the configuration; an unknown dtype or device.
     """
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
-            raise UserError(f"unknown dtype '{dtype}': use float32, bfloat16 or float16")
-        dtype = named
+    dtype = named_dtype(dtype)
     folder = model_folder(path)
-    config = load_config(folder)
-    check_weights(config, stored_tensors(folder), folder)
-    with _quiet():
+    config = None
+    if published_fields_of(folder) is None:  # otherwise from_pretrained compares weights and configuration
+        config = load_config(folder)
+        check_weights(config, stored_tensors(folder), folder)
+    with quiet():
         try:
-            model = TokenFormerForCausalLM.from_pretrained(
+            model: TokenFormerForCausalLM = TokenFormerForCausalLM.from_pretrained(
                 folder, config=config, dtype="auto" if dtype is None else dtype
             )
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: cannot read the model: {_line(error)}") from error
-    if device is not None:
-        try:
-            model.to(torch.device(device))  # type: ignore[arg-type]
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            raise UserError(f"device '{device}' cannot be used: {_line(error)}") from error
+            raise UserError(f"{folder}: cannot read the model: {one_line(error)}") from error
+    move_model(model, device)
     return model.eval()
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of that name; a dtype and None are returned as they are.
+
+    Raises:
+        UserError: no floating-point dtype has that name.
+    """
+    if not isinstance(dtype, str):
+        return dtype
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise UserError(f"unknown dtype '{dtype}': use float32, bfloat16 or float16")
+    return named
+
+
+def move_model(model: torch.nn.Module, device: torch.device | str | None) -> None:
+    """Put a model on a device, unless None is given.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if device is None:
+        return
+    try:
+        model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"device '{device}' cannot be used: {one_line(error)}") from error
+
+
+def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer in a model's folder.
+
+    Args:
+        path: folder, or name of a model on the Hub (`owner/name`).
+        vocab_size: rows of the embedding it is for; those of the model in the folder if not given.
 
     Raises:
         UserError: no such folder, no tokenizer in it, one that cannot be read, or one with ids that the model beside it
@@ -91,18 +135,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"{folder} holds no tokenizer: copy the {TOKENIZER} (and tokenizer_config.json) that the model was trained "
             "with into it"
         )
-    with _quiet():
+    with quiet():
         try:
             tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise UserError(f"{folder}/{TOKENIZER} cannot be read: {_line(error)}: copy it again") from error
-    if (folder / CONFIG).is_file():
-        entries, vocab_size = num_entries(tokenizer), load_config(folder).vocab_size
-        if entries > vocab_size:
-            raise UserError(
-                f"{folder}: the tokenizer has {entries} entries but the model's vocab_size is {vocab_size}: use the "
-                "tokenizer that the model was trained with"
-            )
+            raise UserError(f"{folder}/{TOKENIZER} cannot be read: {one_line(error)}: copy it again") from error
+    if vocab_size is None and (folder / CONFIG).is_file():
+        vocab_size = load_config(folder).vocab_size
+    entries = num_entries(tokenizer)
+    if vocab_size is not None and entries > vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {entries} entries but the model's vocab_size is {vocab_size}: use the "
+            "tokenizer that the model was trained with"
+        )
     return tokenizer
 
 
@@ -127,33 +172,34 @@ def model_folder(path: str | Path) -> Path:
         raise UserError(
             f"there is no folder '{path}': give a folder written by save_pretrained or by tokenformer train"
         )
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return download(str(path))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"there is no folder '{path}', and the Hub gives no model of that name ({_line(error)}): check the path"
+            f"there is no folder '{path}', and the Hub gives no model of that name ({one_line(error)}): check the path"
         ) from error
 
 
 def load_config(folder: Path) -> TokenFormerConfig:
-    """The configuration in a folder.
+    """The configuration in a folder, ours or published.
 
     Raises:
         UserError: missing, not JSON, of another kind of model, or with values that do not fit together.
     """
-    fields = _read_json(folder / CONFIG, f"{folder} holds no {CONFIG}: give a folder written by save_pretrained")
+    if published_fields_of(folder) is not None:
+        return TokenFormerConfig(**read_published(folder)[0])
+    fields = read_json(folder / CONFIG, f"{folder} holds no {CONFIG}: give a folder written by save_pretrained")
     kind = fields.get("model_type")
     if kind != TokenFormerConfig.model_type:
         found = f"'{kind}'" if kind else "missing"
         raise UserError(f"{folder}/{CONFIG}: model_type is {found}, not '{TokenFormerConfig.model_type}'")
-    with _quiet():
+    with quiet():
         try:
             config: TokenFormerConfig = TokenFormerConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # whatever a value of the wrong type runs into
-            raise UserError(f"{folder}/{CONFIG}: {_line(error)}") from error
+            raise UserError(f"{folder}/{CONFIG}: {one_line(error)}") from error
     return config
 
 
@@ -167,12 +213,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     files = [folder / WEIGHTS]
     if not files[0].is_file():
-        index = folder / INDEX
-        missing = f"{folder} holds no weights ({WEIGHTS} or {INDEX}): give a folder written by save_pretrained"
-        shards = _read_json(index, missing).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise UserError(f"{index} lists no files under 'weight_map': save the model again")
-        files = [folder / name for name in sorted(set(map(str, shards.values())))]
+        if not (folder / INDEX).is_file():
+            if any((folder / name).is_file() for name in WEIGHTS_FILES):
+                raise _published(folder)
+            raise UserError(
+                f"{folder} holds no weights ({WEIGHTS} or {INDEX}): give a folder written by save_pretrained"
+            )
+        files = listed_files(folder / INDEX)
     stored = {}
     for file in files:
         if not file.is_file():
@@ -183,7 +230,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                     header = opened.get_slice(key)
                     stored[key] = StoredTensor(file, key, tuple(header.get_shape()), header.get_dtype())
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is damaged or cut short ({_line(error)}): copy or save it again") from error
+            raise UserError(f"{file} is damaged or cut short ({one_line(error)}): copy or save it again") from error
+    if any(is_published_name(name) for name in stored):
+        raise _published(folder)
     if not any(name.startswith("model.") for name in stored):  # a bare TokenFormerModel was saved
         stored = {f"model.{name}": tensor for name, tensor in stored.items()}
     return stored
@@ -216,28 +265,27 @@ def check_weights(config: TokenFormerConfig, stored: dict[str, StoredTensor], fo
             )
 
 
-def _read_json(file: Path, missing: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(missing)
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not JSON ({_line(error)}): copy or save it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is not a JSON object: copy or save it again")
-    return value
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the files of a tokenizer, as they are, from one folder to another; returns their names."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def _published(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} holds published weights, and this needs a model in our own format: run "
+        f"`tokenformer convert {folder} OUT` first"
+    )
 
 
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings of transformers: what matters is checked here and said in one line."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

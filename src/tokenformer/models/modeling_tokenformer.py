@@ -6,6 +6,7 @@ non-parametric layer norms in the blocks and a parametric one at the end.
 Shapes: B batch, T positions, D channels, V vocabulary.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from tokenformer.models.checkpoints import find_published, read_published
 from tokenformer.models.configuration_tokenformer import TokenFormerConfig
 from tokenformer.models.cost import CostMixin
-from tokenformer.modules import KINDS, TokenFormerAttention, TokenFormerBlock, rotary_angles
+from tokenformer.modules import KINDS, OutputEmbedding, TokenFormerAttention, TokenFormerBlock, rotary_angles
 from tokenformer.pattention import BASE, ParameterTokens, Pattention
 
 
@@ -42,6 +44,36 @@ class TokenFormerPreTrainedModel(CostMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": TokenFormerBlock, "attentions": TokenFormerAttention}
     # tau multiplies every output: bfloat16 would keep three digits of it.
     _keep_in_fp32_modules_strict = ["scale"]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedModel.from_pretrained`; a published folder or Hub model is renamed while it is read.
+
+        The Auto classes cannot do that: they need the `model_type` that published configurations lack.
+
+        Raises:
+            UserError: a published folder whose weights are missing, damaged, do not fit its configuration, or ask to
+                run code.
+        """
+        folder = find_published(pretrained_model_name_or_path, kwargs)
+        if folder is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        fields, tensors = read_published(folder)
+        for name in ("revision", "subfolder", "variant", "use_safetensors"):  # where to look, and that is done
+            kwargs.pop(name, None)
+        if config is not None and not isinstance(config, TokenFormerConfig):
+            config = TokenFormerConfig.from_pretrained(config)
+        if config is None:
+            # The dtype is for the weights: from_dict would take it for a field.
+            dtypes: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+            config, kwargs = TokenFormerConfig.from_dict(fields, return_unused_kwargs=True, **kwargs)
+            kwargs |= dtypes
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.name_or_path = os.fspath(pretrained_model_name_or_path or "")
+        return loaded
 
     def merge_segments(self) -> None:
         """Put the segments of every Pattention into one, in place: a re-arrangement that the configuration records.
@@ -148,7 +180,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
     def __init__(self, config: TokenFormerConfig) -> None:
         super().__init__(config)
         self.model = TokenFormerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputEmbedding(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

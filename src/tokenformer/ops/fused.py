@@ -5,12 +5,14 @@ control flow). Segments are never concatenated: sharded ones would be gathered b
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 
 from tokenformer.ops.activations import Activation, get_activation
-from tokenformer.ops.normalization import get_normalization
+from tokenformer.ops.normalization import Normalization, get_normalization
+from tokenformer.ops.products import linear
 
 
 def segment_activities(
@@ -26,7 +28,7 @@ def segment_activities(
     The statistic is the sum of squares for the L2 kinds and the log-sum-exp for `softmax`.
     """
     kind = get_normalization(normalization)
-    activities = kind.activities(F.linear(x, key), get_activation(activation), visible)
+    activities = kind.activities(linear(x, key), get_activation(activation), visible)
     return activities, kind.statistic(activities)
 
 
@@ -42,11 +44,8 @@ def segment_output(
     visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Phase two of a segment: its share (..., D_out) of the output, given the row total over all segments."""
-    weights = get_normalization(normalization).weights(activities, total, scale, get_activation(activation), eps)
-    if visible is not None:
-        # An activation with f(0) != 0 would let a hidden token speak.
-        weights = weights.masked_fill(~visible, 0)
-    return F.linear(weights.to(activities.dtype), value.T)
+    kind, function = get_normalization(normalization), get_activation(activation)
+    return _share(activities, value, scale, total, kind, function, eps, visible)
 
 
 def fused_segments(
@@ -62,21 +61,30 @@ def fused_segments(
     total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Both phases over all segments; `total` (..., 1), where given, stands for the row total of a larger set."""
-    masks = [None] * len(keys) if visible is None else list(visible)
-    activities, statistics = zip(
-        *(
-            segment_activities(x, key, normalization=normalization, activation=activation, visible=mask)
-            for key, mask in zip(keys, masks, strict=True)
-        ),
-        strict=True,
-    )
+    kind, function = get_normalization(normalization), get_activation(activation)
+    masks = [None] * len(keys) if visible is None else visible
+    activities = [kind.activities(linear(x, key), function, mask) for key, mask in zip(keys, masks, strict=True)]
     if total is None:
-        total = get_normalization(normalization).combine(statistics)
+        total = kind.combine([kind.statistic(segment) for segment in activities])
     shares = [
-        segment_output(a, v, scale, total, normalization=normalization, activation=activation, eps=eps, visible=mask)
-        for a, v, mask in zip(activities, values, masks, strict=True)
+        _share(segment, value, scale, total, kind, function, eps, mask)
+        for segment, value, mask in zip(activities, values, masks, strict=True)
     ]
-    output = shares[0]
-    for share in shares[1:]:
-        output = output + share
-    return output
+    return reduce(torch.add, shares)
+
+
+def _share(
+    activities: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor | float,
+    total: torch.Tensor,
+    kind: Normalization,
+    function: Activation,
+    eps: float,
+    visible: torch.Tensor | None,
+) -> torch.Tensor:
+    weights = kind.weights(activities, total, scale, function, eps)
+    if visible is not None:
+        # An activation with f(0) != 0 would let a hidden token speak.
+        weights = weights.masked_fill(~visible, 0)
+    return F.linear(weights.to(activities.dtype), value.T)
