@@ -9,12 +9,13 @@ from tokenformer.errors import UserError
 EXAMPLE = """\
   tokenformer generate runs/small --prompt 'Once upon a time' --max-new-tokens 50
   cat story.txt | tokenformer generate runs/small --prompt - --greedy
+  tokenformer generate runs/large --prompt 'Once upon a time' --greedy --assistant runs/small
 """
 
 
 def main(argv: list[str]) -> None:
     """Run `tokenformer generate`."""
-    summary = "Continue a prompt. Prints the continuation alone, as it is generated."
+    summary = "Continue a prompt. Prints the continuation alone, as it is generated; beams at the end."
     call(generate, Parser("generate", summary, EXAMPLE), argv)
 
 
@@ -28,6 +29,11 @@ def generate(
     top_p: float = 1.0,
     greedy: bool = False,
     seed: int = 0,
+    num_beams: int = 1,
+    assistant: str | None = None,
+    compile: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
     threads: int | None = None,
 ) -> None:
     """Print the continuation of a prompt.
@@ -41,6 +47,11 @@ def generate(
         top_p: sample from the fewest tokens that have this probability together.
         greedy: always take the likeliest token.
         seed: equal seeds give equal texts.
+        num_beams: search for the likeliest text with so many candidates, instead of sampling.
+        assistant: folder of a smaller model with the same tokenizer, whose guesses the model checks several at a time.
+        compile: decode with torch.compile; it pays for long texts.
+        dtype: float32, bfloat16 or float16; as saved if not given.
+        device: such as cuda; the CPU if not given.
         threads: of torch; one per physical core if not given.
     """
     from tokenformer.hardware import set_threads
@@ -48,12 +59,12 @@ def generate(
     set_threads(threads)
     text = _standard_input() if prompt == "-" else prompt
 
-    from tokenformer.generation import generate_text
+    from tokenformer.generation import generate_text, load_assistant
     from tokenformer.models.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     pieces = generate_text(
-        load_model(model),
+        load_model(model, dtype=dtype, device=device),
         tokenizer,
         text,
         max_new_tokens=max_new_tokens,
@@ -62,6 +73,9 @@ def generate(
         top_p=top_p,
         greedy=greedy,
         seed=seed,
+        num_beams=num_beams,
+        assistant=None if assistant is None else load_assistant(assistant, tokenizer, dtype=dtype, device=device),
+        compile=compile,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character need not end the text
