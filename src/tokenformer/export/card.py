@@ -1,0 +1,130 @@
+"""The model card of an exported folder: what the model is and costs, how it was trained, how to use and grow it."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from tokenformer import __version__
+from tokenformer.evaluation.tables import markdown
+from tokenformer.export.figures import Evaluation
+from tokenformer.modules import KINDS
+
+PAPER = "https://arxiv.org/abs/2410.23168"
+
+
+def model_card(
+    report: dict[str, Any],
+    name: str,
+    *,
+    license: str | None = None,
+    training: Sequence[tuple[str, str]] = (),
+    evaluations: Sequence[Evaluation] = (),
+) -> str:
+    """A README.md for the Hub.
+
+    Args:
+        report: what `tokenformer.inspection.inspect_model` says of the exported folder.
+        name: of the model on the Hub, for the snippets.
+        license: the Hub's identifier.
+        training: from `read_training`.
+        evaluations: from `read_evaluation`.
+    """
+    results = [result for evaluation in evaluations for result in evaluation.results]
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license,
+        tags=["tokenformer", "pattention"],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    parts = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {name.rpartition('/')[2]}",
+        f"A [TokenFormer]({PAPER}) language model: a Transformer whose every projection is attention over learned "
+        "key-value *parameter tokens*. It is made larger by appending tokens, and goes on from what it has learned.",
+        _usage(name),
+        _sizes(report),
+        _segments(report),
+    ]
+    if training:
+        parts.append("## Training\n\n" + markdown(["", ""], training).rstrip())
+    if evaluations:
+        parts.append("\n".join(["## Evaluation\n", *(evaluation.text for evaluation in evaluations)]).rstrip())
+    parts.append(_growing(report, name))
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(name: str) -> str:
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+prompt = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```
+
+The code in this folder is that of the Python package `tokenformer` {__version__} (Apache-2.0)."""
+
+
+def _sizes(report: dict[str, Any]) -> str:
+    parameters, rotary, weights = report["parameters"], report["rotary"], report["weights"]
+    flops, decode, length = report["flops_per_token"], report["decode_bytes_per_token"], report["sequence_length"]
+    rows = [
+        ("parameters", f"{parameters['total']:,}"),
+        ("in parameter tokens", f"{parameters['parameter_tokens']:,}"),
+        ("in the embedding", f"{parameters['embedding']:,}"),
+        ("layers", f"{report['num_hidden_layers']} of {report['hidden_size']} channels"),
+        ("heads", f"{report['num_attention_heads']} of {rotary['head_size']} channels"),
+        ("rotary", f"{rotary['channels_per_head']} channels of each head, base {rotary['theta']:g}"),
+        ("normalization", f"{report['normalization']}, {report['activation']}"),
+        ("context", f"{length:,} tokens"),
+        ("vocabulary", f"{report['vocab_size']:,}"),
+        ("weights", f"{weights['dtype']}, {weights['bytes'] / 1e6:,.1f} MB"),
+        (f"FLOPs per token, forward, at length {length:,}", f"{flops['forward']:.3g}"),
+        ("FLOPs per token, training", f"{flops['training']:.3g}"),
+        ("bytes read per generated token, empty cache", f"{decode['empty_cache']:.3g}"),
+    ]
+    return "## Sizes\n\n" + markdown(["", ""], rows).rstrip()
+
+
+def _segments(report: dict[str, Any]) -> str:
+    segments = report["segments"]
+    added = [sum(segment["parameters"].values()) for segment in segments]
+    rows = [
+        (segment["name"], *(f"{segment['tokens'][kind]:,}" for kind in KINDS), f"{count:,}", f"{total:,}")
+        for segment, count, total in zip(segments, added, accumulate(added), strict=True)
+    ]
+    scales = []
+    for kind, scale in report["scale"].items():
+        if scale["sqrt_of"] is not None:
+            scales.append(f"{scale['min']:.6g} = sqrt({scale['sqrt_of']:,}) for {kind}")
+        else:
+            scales.append(f"{scale['min']:.6g} to {scale['max']:.6g} for {kind}")
+    times = len(segments) - 1
+    grown = f", grown {'once' if times == 1 else f'{times} times'} from `base`" if times else ""
+    table = markdown(["segment", *(f"{kind} tokens" for kind in KINDS), "parameters", "total"], rows).rstrip()
+    return (
+        f"## Segments{grown}\n\nIn the order in which they were added: the tokens of each layer by kind, and the "
+        f"parameters of all layers.\n\n{table}\n\nThe scale (tau) of the layers is {', '.join(scales)}."
+    )
+
+
+def _growing(report: dict[str, Any], name: str) -> str:
+    now = {kind: sum(segment["tokens"][kind] for segment in report["segments"]) for kind in KINDS}
+    options = " ".join(f"--{kind} {2 * count}" for kind, count in now.items())
+    return f"""## Grow
+
+With the package `tokenformer` installed:
+
+```bash
+tokenformer grow {name} grown {options}
+```
+
+This doubles the tokens of every layer. New ones get zero keys and the scale is kept, which leaves every output as it
+was; `grow` warns where a normalization or activation does not allow that."""
