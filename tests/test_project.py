@@ -24,7 +24,7 @@ import tokenformer
 from tokenformer import cli
 
 ROOT = Path(__file__).parents[1]
-MODULES_OF_PUBLIC_NAMES = (tokenformer, tokenformer.ops)
+MODULES_OF_PUBLIC_NAMES = (tokenformer, tokenformer.nn, tokenformer.ops)
 
 
 def _tracked(*patterns: str) -> list[Path]:
