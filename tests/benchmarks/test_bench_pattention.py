@@ -5,7 +5,7 @@ import torch
 
 from tokenformer import UserError
 from tokenformer.benchmarks import pattention as bench
-from tokenformer.benchmarks.pattention import Shape, check, make_cases, measure, ratios
+from tokenformer.benchmarks.pattention import TARGETS, Shape, check, make_cases, measure, ratios
 from tokenformer.benchmarks.timing import Timing
 
 SMALL = Shape(tokens=6, hidden_size=8, parameter_tokens=20)
@@ -130,13 +130,13 @@ def test_ratios_and_targets():
         names = {"fused_compiled": fused, "mlp_compiled": mlp, "reference_eager": reference, "products_eager": 1.0}
         return {name: Timing((seconds,)) for name, seconds in names.items()}
 
-    rows = ratios({"float32": timings(1.06, 1.0, 1.5), "bfloat16": timings(1.05, 1.0, 2.1)}, judge=True)
+    rows = ratios({"float32": timings(1.06, 1.0, 1.5), "bfloat16": timings(1.05, 1.0, 2.1)}, TARGETS, judge=True)
     found = {(row["numerator"], row["denominator"], row["dtype"]): (row["value"], row["met"]) for row in rows}
     assert found["fused_compiled", "mlp_compiled", "float32"] == (1.06, False)
     assert found["fused_compiled", "mlp_compiled", "bfloat16"] == (1.05, True)
     assert found["reference_eager", "fused_compiled", "bfloat16"] == (2.1 / 1.05, True)
     assert found["reference_eager", "fused_compiled", "float32"][1] is None
-    slow = ratios({"bfloat16": timings(1.0, 1.0, 1.8)}, judge=True)
+    slow = ratios({"bfloat16": timings(1.0, 1.0, 1.8)}, TARGETS, judge=True)
     assert [row["met"] for row in slow if row["numerator"] == "reference_eager"] == [False]
 
 

@@ -5,7 +5,9 @@ from copy import deepcopy
 
 import pytest
 
+from tiny import tiny_config
 from tokenformer import UserError
+from tokenformer.benchmarks import decode, forward, models
 from tokenformer.benchmarks import pattention as bench
 from tokenformer.cli import main
 
@@ -42,16 +44,20 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize("argv", [[], ["--help"]], ids=["nothing", "help"])
 def test_benchmarks_are_listed(capsys, argv):
     out = run(capsys, *argv)
-    assert "\n  pattention " in out
-    assert "tokenformer bench pattention --quick" in out
+    for name in ("pattention", "forward", "decode"):
+        assert f"\n  {name} " in out
+        assert f"tokenformer bench {name} --quick" in out
 
 
-def test_help_shows_options_and_an_example(capsys):
+@pytest.mark.parametrize(
+    ("name", "own"), [("pattention", "--parameter-tokens"), ("forward", "--length"), ("decode", "--prompt")]
+)
+def test_help_shows_options_and_an_example(capsys, name, own):
     with pytest.raises(SystemExit) as stop:
-        main(["bench", "pattention", "--help"])
+        main(["bench", name, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for option in ("--parameter-tokens", "--dtypes", "--quick", "--json", "example:\n  tokenformer bench pattention"):
+    for option in (own, "--dtypes", "--threads", "--quick", "--json", f"example:\n  tokenformer bench {name}"):
         assert option in out
     assert "--command" not in out
 
@@ -121,7 +127,14 @@ def test_wrong_result_ends_with_code_2_and_no_figures(capsys, monkeypatch):
     ("argv", "words"),
     [
         (["patention"], "did you mean 'pattention'?"),
-        (["decode"], "use one of pattention"),
+        (["speed"], "use one of pattention, forward, decode"),
+        (["decod"], "did you mean 'decode'?"),
+        (["forward", "--length", "0"], "length must be at least 1"),
+        (["forward", "--dtypes", "float31"], "unknown dtype 'float31'"),
+        (["forward", "--json", "absent/record.json"], "create it first"),
+        (["decode", "--tokens", "1"], "tokens must be at least 2"),
+        (["decode", "--prompt", "x"], "expected int"),
+        (["decode", "--parameter-tokens", "4"], "unknown option '--parameter-tokens'"),
         (["pattention", "--tokens", "0"], "tokens must be at least 1"),
         (["pattention", "--hidden-size", "-3"], "hidden_size must be at least 1"),
         (["pattention", "--repeats", "0"], "repeats must be at least 1"),
@@ -136,3 +149,89 @@ def test_wrong_result_ends_with_code_2_and_no_figures(capsys, monkeypatch):
 )
 def test_bad_input(capsys, argv, words):
     assert words in refused(capsys, *argv)
+
+
+# Whole models
+
+
+@pytest.fixture(scope="module")
+def model_records():
+    """Of both benchmarks, without compilation, which takes seconds."""
+    config = tiny_config(segments=[{"name": "base", "qkv": 24, "output": 24, "ffn": 102}])
+    options = {"dtypes": ("float32",), "threads": 1, "repeats": 2, "compiler": "eager"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.compile", lambda function, **options: function)
+        return {
+            "forward": forward.measure(config, length=6, **options),
+            "decode": decode.measure(config, prompt=6, tokens=3, **options),
+        }
+
+
+@pytest.fixture(params=["forward", "decode"])
+def measured_model(request, monkeypatch, model_records):
+    """Stands for a measurement; gives the verb and the record that it gets."""
+    copy = deepcopy(model_records[request.param])
+    module = {"forward": forward, "decode": decode}[request.param]
+    monkeypatch.setattr(module, "measure", lambda config, **options: copy)
+    return request.param, copy
+
+
+def test_table_and_record_of_models(capsys, tmp_path, measured_model):
+    name, measured = measured_model
+    file = tmp_path / "record.json"
+    out = run(capsys, name, "--quick", "--json", str(file))
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert record == measured
+    assert record["command"] == f"tokenformer bench {name} --quick --json {file}"
+    assert out.rstrip().endswith(f"record: {file}")
+    for case, label in (("tokenformer_eager", "TokenFormer, eager"), ("gpt_neox_compiled", "GPTNeoX, compiled")):
+        (row,) = (line for line in out.splitlines() if line.strip().startswith(f"{label} ") and "/" not in line)
+        for cases in record["tokens_per_second"]["float32"].values():
+            assert f" {cases[case]:.1f} " in row
+        if name == "decode":
+            assert f"{100 * record['memory']['float32']['fraction'][case]['copy']:.0f} %" in row
+    for ratio in record["ratios"]:
+        assert f"{ratio['value']:.3f}" in out
+    assert "GPTNeoXForCausalLM: 2 layers of 32 channels" in out
+    assert "target" not in out  # another model
+
+
+def test_quartiles_of_speeds_stand_in_order(capsys, measured_model):
+    name, record = measured_model
+    for cases in record["seconds"]["float32"].values():
+        for figures in cases.values():
+            figures |= {"first_quartile": 0.5 * figures["median"], "third_quartile": 2 * figures["median"]}
+    out = run(capsys, name)
+    speed = next(iter(record["tokens_per_second"]["float32"].values()))["tokenformer_eager"]
+    assert f" {speed / 2:.1f}-{speed * 2:.1f} " in out
+
+
+def test_targets_of_models_are_marked(capsys, measured_model):
+    name, record = measured_model
+    for ratio, met in zip(record["ratios"], (True, False), strict=True):
+        ratio["met"] = met
+    out = run(capsys, name)
+    assert out.count("target <= 1.0: met") == 1
+    assert out.count("target <= 1.0: MISSED") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "small", "options"),
+    [
+        (["forward"], False, {"batch": 1, "length": 512, "repeats": 10, "dtypes": ("float32", "bfloat16")}),
+        (["forward", "--quick", "--batch", "3"], True, {"batch": 3, "length": 64, "repeats": 3}),
+        (["decode", "--threads", "2"], False, {"prompt": 128, "tokens": 64, "repeats": 5, "threads": 2}),
+        (["decode", "--quick", "--prompt", "4"], True, {"prompt": 4, "tokens": 16, "repeats": 3}),
+        (["decode", "--dtypes", "bfloat16"], False, {"dtypes": ("bfloat16",), "threads": None}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_reach_the_measurement_of_models(capsys, monkeypatch, argv, small, options):
+    def stop(config, **others):
+        assert (config is None) != small
+        assert config is None or config.hidden_size == models.small_config().hidden_size
+        assert options.items() <= others.items()
+        raise UserError("stopped")
+
+    monkeypatch.setattr({"forward": forward, "decode": decode}[argv[0]], "measure", stop)
+    assert "stopped" in refused(capsys, *argv)

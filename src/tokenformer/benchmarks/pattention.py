@@ -6,24 +6,22 @@ gradients are compared with a float64 evaluation before anything is timed.
 Shapes: T inputs, D channels, N parameter tokens.
 """
 
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tokenformer.benchmarks.report import new_record
-from tokenformer.benchmarks.timing import Timing, interleave, paired_ratio
+from tokenformer.benchmarks import checking
+from tokenformer.benchmarks.conditions import DTYPES, check_options, warm_up
+from tokenformer.benchmarks.report import as_seconds, new_record
+from tokenformer.benchmarks.targets import Target, ratios
+from tokenformer.benchmarks.timing import Timing, interleave
 from tokenformer.errors import UserError
 from tokenformer.hardware import set_threads
 from tokenformer.ops import pattention, reference_pattention
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "forward_backward")
 # Largest errors of outputs and gradients, relative to the root mean square and to the largest element. A bfloat16 keeps
 # 8 bits, so each of the few roundings between input and gradient costs up to 4e-3 of an element.
@@ -77,23 +75,6 @@ class Case:
         return (output, *torch.autograd.grad(output, self.inputs, grad_output))
 
 
-@dataclass(frozen=True)
-class Target:
-    """A ratio of two cases in forward and backward, and the value it should stay on one side of."""
-
-    numerator: str
-    denominator: str
-    dtypes: tuple[str, ...]
-    at_most: float | None = None
-    at_least: float | None = None
-
-    def met(self, value: float) -> bool | None:
-        """Whether `value` is good enough; None if there is no target."""
-        if self.at_most is not None:
-            return value <= self.at_most
-        return value >= self.at_least if self.at_least is not None else None
-
-
 # The targets are for the default shape; the ratios are reported for any.
 TARGETS = (
     Target("fused_compiled", "mlp_compiled", ("float32", "bfloat16"), at_most=1.05),
@@ -129,13 +110,7 @@ def measure(
         UserError: an option out of range, or a result that is wrong; then nothing was timed.
     """
     shape = shape or Shape()
-    if repeats < 1:
-        raise UserError(f"repeats must be at least 1, got {repeats}")
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise UserError(f"unknown dtype '{dtype}': use {' or '.join(DTYPES)}")
-    if not dtypes or len(set(dtypes)) != len(dtypes):
-        raise UserError(f"dtypes must be one or more of {', '.join(DTYPES)}, each once, got '{','.join(dtypes)}'")
+    check_options(dtypes, repeats=repeats)
     threads = set_threads(threads)
     options = {**asdict(shape), "dtypes": list(dtypes), "repeats": repeats, "compiler": compiler}
     record = new_record("pattention", options, threads)
@@ -144,18 +119,13 @@ def measure(
     for dtype in dtypes:
         cases, grad_output = make_cases(shape, DTYPES[dtype], compiler)
         progress(f"{dtype}: compiling")
-        with _empty_compiler_cache():
-            compile_seconds, failed = _warm_up(cases, grad_output)
+        calls = {name: _both(case, grad_output) for name, case in cases.items()}
+        compile_seconds, failed = warm_up(calls, [name for name, case in cases.items() if case.compiled])
         cases = {name: case for name, case in cases.items() if name not in failed}
         progress(f"{dtype}: checking against float64")
         errors = check(cases, grad_output, dtype)
         prepared[dtype] = cases, grad_output
-        record.setdefault("checks", {})[dtype] = {
-            "tolerance": dict(zip(("relative", "worst"), TOLERANCES[dtype], strict=True)),
-            "errors": errors,
-            "compile_seconds": compile_seconds,
-            "failed_to_compile": failed,
-        }
+        record.setdefault("checks", {})[dtype] = checking.summary(TOLERANCES[dtype], errors, compile_seconds, failed)
 
     timings: dict[str, dict[str, dict[str, Timing]]] = {}
     for dtype, (cases, grad_output) in prepared.items():
@@ -165,12 +135,9 @@ def measure(
             calls = {name: _call(case, direction, grad_output) for name, case in cases.items()}
             interleave(calls, 1)
             timings.setdefault(dtype, {})[direction] = interleave(calls, repeats)
-    record["seconds"] = {
-        dtype: {d: {name: t.as_dict() for name, t in rows.items()} for d, rows in directions.items()}
-        for dtype, directions in timings.items()
-    }
+    record["seconds"] = as_seconds(timings)
     whole = {dtype: directions["forward_backward"] for dtype, directions in timings.items()}
-    record["ratios"] = ratios(whole, judge=shape == Shape())
+    record["ratios"] = ratios(whole, TARGETS, judge=shape == Shape())
     return record
 
 
@@ -216,10 +183,7 @@ def make_cases(shape: Shape, dtype: torch.dtype, compiler: str) -> tuple[dict[st
 
 
 def check(cases: Mapping[str, Case], grad_output: torch.Tensor, dtype: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Errors of each Pattention case, by result, against the reference in float64.
-
-    `relative` is the root mean square of the error over that of the exact values; `worst` the largest error over the
-    largest exact value, which shows a single wrong element.
+    """Errors of each Pattention case, by result, against the reference in float64 (see `checking.errors`).
 
     Raises:
         UserError: an error above the tolerance of the dtype.
@@ -230,91 +194,23 @@ def check(cases: Mapping[str, Case], grad_output: torch.Tensor, dtype: str) -> d
     output = reference_pattention(x, key, value, key.shape[0] ** 0.5)
     gradients = torch.autograd.grad(output, (x, key, value), grad_output.double())
     exact = (output.detach(), output.detach(), *gradients)
-    relative_limit, worst_limit = TOLERANCES[dtype]
 
-    errors: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for case_name, case in checked.items():
         results = (*case.run("forward", grad_output), *case.run("forward_backward", grad_output))
-        errors[case_name] = {}
+        found[case_name] = {}
         for name, result, truth in zip(names, results, exact, strict=True):
-            difference = result.detach().double() - truth
-            relative = (difference.norm() / truth.norm()).item()
-            worst = (difference.abs().max() / truth.abs().max()).item()
-            errors[case_name][name] = {"relative": relative, "worst": worst}
-            if not (relative <= relative_limit and worst <= worst_limit):  # NaN fails
-                raise UserError(
-                    f"{case_name} in {dtype} is wrong: {name} differs from float64 by {relative:.1e} (at most "
-                    f"{relative_limit:.0e} allowed), at worst {worst:.1e} (at most {worst_limit:.0e}): no speed is "
-                    "reported for a wrong result; check the installed torch and compiler"
-                )
-    return errors
-
-
-def ratios(timings: Mapping[str, Mapping[str, Timing]], *, judge: bool) -> list[dict[str, Any]]:
-    """The ratios of `TARGETS`, medians over rounds, for `{dtype: {case: forward and backward}}`.
-
-    `met` says whether the target is, and is None if there is none or `judge` is False.
-    """
-    rows = []
-    for target in TARGETS:
-        for dtype in target.dtypes:
-            cases = timings.get(dtype, {})
-            if target.numerator not in cases or target.denominator not in cases:
-                continue
-            value = paired_ratio(cases[target.numerator], cases[target.denominator])
-            rows.append(
-                {
-                    "numerator": target.numerator,
-                    "denominator": target.denominator,
-                    "dtype": dtype,
-                    "value": value,
-                    "at_most": target.at_most,
-                    "at_least": target.at_least,
-                    "met": target.met(value) if judge else None,
-                }
-            )
-    return rows
+            found[case_name][name] = checking.check(result, truth, TOLERANCES[dtype], f"{case_name} in {dtype}", name)
+    return found
 
 
 def _compiled(function: Function, compiler: str) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False, backend=compiler)
 
 
-def _warm_up(cases: Mapping[str, Case], grad_output: torch.Tensor) -> tuple[dict[str, float], dict[str, str]]:
-    """Call everything once; seconds that compiled cases took, and the cases that would not compile with the reason."""
-    seconds: dict[str, float] = {}
-    failed: dict[str, str] = {}
-    for name, case in cases.items():
-        start = time.perf_counter()
-        try:
-            for direction in PASSES:
-                case.run(direction, grad_output)
-        except Exception as error:
-            # A missing or old C++ compiler, or a code generator at fault: the other cases are worth having.
-            if not case.compiled:
-                raise
-            failed[name] = " ".join(str(error).split())[:200]
-            continue
-        if case.compiled:
-            seconds[name] = time.perf_counter() - start
-    return seconds, failed
-
-
-@contextmanager
-def _empty_compiler_cache() -> Iterator[None]:
-    """Compile as on the first day, so that the seconds mean something."""
-    variable = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(variable)
-    with TemporaryDirectory(prefix="tokenformer-bench-", ignore_cleanup_errors=True) as folder:
-        os.environ[variable] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[variable]
-            else:
-                os.environ[variable] = before
-
-
 def _call(case: Case, direction: str, grad_output: torch.Tensor) -> Callable[[], object]:
     return lambda: case.run(direction, grad_output)
+
+
+def _both(case: Case, grad_output: torch.Tensor) -> Callable[[], object]:
+    return lambda: [case.run(direction, grad_output) for direction in PASSES]

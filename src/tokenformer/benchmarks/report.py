@@ -7,8 +7,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from tokenformer.benchmarks.timing import Timing
 from tokenformer.errors import UserError
 from tokenformer.hardware import hardware, versions
+
+Timings = dict[str, dict[str, dict[str, Timing]]]  # by dtype, pass and case
 
 
 def new_record(benchmark: str, options: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -21,6 +24,14 @@ def new_record(benchmark: str, options: dict[str, Any], threads: int) -> dict[st
         "threads": threads,
         "hardware": hardware(),
         "versions": versions(),
+    }
+
+
+def as_seconds(timings: Timings) -> dict[str, dict[str, dict[str, Any]]]:
+    """The times of a record, by dtype, pass and case."""
+    return {
+        dtype: {name: {case: timing.as_dict() for case, timing in cases.items()} for name, cases in passes.items()}
+        for dtype, passes in timings.items()
     }
 
 

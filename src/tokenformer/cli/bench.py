@@ -1,23 +1,32 @@
-"""`tokenformer bench`: the speed of the operator against its peers."""
+"""`tokenformer bench`: the speed of the operator, and of whole models, against their peers."""
 
 import shlex
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenformer.cli.parser import Parser, add_signature
 from tokenformer.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 BENCHMARKS = {
-    "pattention": "one Pattention against the published order of operations, a GELU MLP and the bare products"
+    "pattention": "one Pattention against the published order of operations, a GELU MLP and the bare products",
+    "forward": "prefill of a TokenFormer against transformers' GPTNeoX of equal size",
+    "decode": "generation by a TokenFormer against GPTNeoX of equal size, and against the memory's bandwidth",
 }
 
 EXAMPLE = """\
   tokenformer bench pattention --quick
   tokenformer bench pattention --threads 2 --json benchmarks/results/
+  tokenformer bench forward --quick
+  tokenformer bench forward --threads 2 --json benchmarks/results/
+  tokenformer bench decode --quick
+  tokenformer bench decode --threads 2 --json benchmarks/results/
 """
 
 HELP = f"""\
@@ -26,7 +35,7 @@ usage: tokenformer bench BENCHMARK [options]
 Measure speed: all cases in one process, interleaved, results checked first.
 
 benchmarks:
-{"".join(f"  {name:<12} {summary}" for name, summary in BENCHMARKS.items())}
+{chr(10).join(f"  {name:<12} {summary}" for name, summary in BENCHMARKS.items())}
 
 example:
 {EXAMPLE}
@@ -40,6 +49,10 @@ _LABELS = {
     "mlp_eager": "GELU MLP, eager",
     "mlp_compiled": "GELU MLP, compiled",
     "products_eager": "the two products alone",
+    "tokenformer_eager": "TokenFormer, eager",
+    "tokenformer_compiled": "TokenFormer, compiled",
+    "gpt_neox_eager": "GPTNeoX, eager",
+    "gpt_neox_compiled": "GPTNeoX, compiled",
 }
 
 
@@ -53,9 +66,12 @@ def main(argv: list[str]) -> None:
         near = get_close_matches(name, BENCHMARKS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(BENCHMARKS)}"
         raise UserError(f"unknown benchmark '{name}': {hint}")
-    parser = Parser("bench pattention", f"Measure {BENCHMARKS[name]}.", EXAMPLE)
-    add_signature(parser, pattention, skip=("command",))
-    pattention(**vars(parser.parse_args(rest)), command=shlex.join(["tokenformer", "bench", *argv]))
+    functions: dict[str, Callable[..., None]] = {"pattention": pattention, "forward": forward, "decode": decode}
+    function = functions[name]
+    example = "".join(f"{line}\n" for line in EXAMPLE.splitlines() if f" {name} " in line)
+    parser = Parser(f"bench {name}", f"Measure {BENCHMARKS[name]}.", example)
+    add_signature(parser, function, skip=("command",))
+    function(**vars(parser.parse_args(rest)), command=shlex.join(["tokenformer", "bench", *argv]))
 
 
 def pattention(
@@ -83,49 +99,151 @@ def pattention(
         json: file for the record, a folder to give it its usual name there, or - for standard output.
         command: written into the record.
     """
-    from rich.console import Console
-
-    from tokenformer.benchmarks import report
     from tokenformer.benchmarks.pattention import Shape, measure
 
     if quick:
         tokens, hidden_size, parameter_tokens = min(tokens, 256), min(hidden_size, 256), min(parameter_tokens, 1024)
         repeats = min(repeats, 3)
+    shape = Shape(tokens, hidden_size, parameter_tokens)
+    run = partial(measure, shape, dtypes=_names(dtypes), threads=threads, repeats=repeats)
+    _run(run, json, command, _print)
+
+
+def forward(
+    *,
+    batch: int = 1,
+    length: int = 512,
+    dtypes: str = "float32,bfloat16",
+    threads: int | None = None,
+    repeats: int = 10,
+    quick: bool = False,
+    json: str | None = None,
+    command: str | None = None,
+) -> None:
+    """Measure the forward pass over a prompt and print the figures.
+
+    Args:
+        batch: prompts read at once.
+        length: tokens of each prompt.
+        dtypes: of the weights, separated by commas.
+        threads: of torch; one per physical core if not given.
+        repeats: rounds; every case runs once in each.
+        quick: a small model, at most 64 tokens and 3 rounds, to see that it runs.
+        json: file for the record, a folder to give it its usual name there, or - for standard output.
+        command: written into the record.
+    """
+    from tokenformer.benchmarks.forward import measure
+    from tokenformer.benchmarks.models import small_config
+
+    config = small_config() if quick else None
+    if quick:
+        length, repeats = min(length, 64), min(repeats, 3)
+    run = partial(measure, config, batch=batch, length=length, dtypes=_names(dtypes), threads=threads, repeats=repeats)
+    _run(run, json, command, _print_models)
+
+
+def decode(
+    *,
+    prompt: int = 128,
+    tokens: int = 64,
+    dtypes: str = "float32,bfloat16",
+    threads: int | None = None,
+    repeats: int = 5,
+    quick: bool = False,
+    json: str | None = None,
+    command: str | None = None,
+) -> None:
+    """Measure generation and print the figures.
+
+    Args:
+        prompt: tokens of the prompt.
+        tokens: tokens to generate, one at a time.
+        dtypes: of weights and cache, separated by commas.
+        threads: of torch; one per physical core if not given.
+        repeats: rounds; every case runs once in each.
+        quick: a small model, at most 16 tokens each and 3 rounds, to see that it runs.
+        json: file for the record, a folder to give it its usual name there, or - for standard output.
+        command: written into the record.
+    """
+    from tokenformer.benchmarks.decode import measure
+    from tokenformer.benchmarks.models import small_config
+
+    config = small_config() if quick else None
+    if quick:
+        prompt, tokens, repeats = min(prompt, 16), min(tokens, 16), min(repeats, 3)
+    run = partial(
+        measure, config, prompt=prompt, tokens=tokens, dtypes=_names(dtypes), threads=threads, repeats=repeats
+    )
+    _run(run, json, command, _print_models)
+
+
+def _names(dtypes: str) -> tuple[str, ...]:
+    return tuple(dtypes.replace(" ", "").split(","))
+
+
+def _run(
+    measure: Callable[..., dict[str, Any]], json: str | None, command: str | None, show: Callable[..., None]
+) -> None:
+    """Measure, write the record where asked, and show it, unless the record itself goes to standard output."""
+    from rich.console import Console
+
+    from tokenformer.benchmarks import report
+
     if json is not None:
         report.check_target(json)
-    shape = Shape(tokens, hidden_size, parameter_tokens)
     with Console(stderr=True).status("starting") as status:
-        record = measure(
-            shape,
-            dtypes=tuple(dtypes.replace(" ", "").split(",")),
-            threads=threads,
-            repeats=repeats,
-            progress=status.update,
-        )
+        record = measure(progress=status.update)
     record["command"] = command
     path = report.write(record, json) if json is not None else None
     if json != "-":
-        _print(record)
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 120  # a file has no width: do not fold the tables
+        show(record, console)
     if path is not None:
         print(f"record: {path}")
 
 
-def _print(record: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    options, hardware = record["options"], record["hardware"]
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # a file has no width: do not fold the tables
+def _print(record: dict[str, Any], console: "Console") -> None:
+    options = record["options"]
     console.print(
         f"Pattention, {options['tokens']} inputs of {options['hidden_size']} channels, {options['parameter_tokens']} "
-        f"parameter tokens; {record['threads']} threads on {hardware['cpu']} ({' '.join(hardware['flags'])}), "
-        f"torch {record['versions']['torch']}"
+        f"parameter tokens; {_machine(record)}"
     )
     for dtype in options["dtypes"]:
         console.print(_table(record, dtype))
-        for case, reason in record["checks"][dtype]["failed_to_compile"].items():
-            console.print(f"{_LABELS[case]}: does not compile here ({reason})", markup=False)
+        _print_failures(record, dtype, console)
+    _print_ratios(record, console)
+    console.print("Ratios: forward + backward, median over rounds.")
+
+
+def _print_models(record: dict[str, Any], console: "Console") -> None:
+    options = record["options"]
+    sizes = ", ".join(f"{name} {options[name]}" for name in ("batch", "length", "prompt", "tokens") if name in options)
+    console.print(f"{record['benchmark']}: {sizes}; {_machine(record)}")
+    for model in record["models"].values():
+        console.print(
+            f"{model['class']}: {model['layers']} layers of {model['hidden_size']} channels, "
+            f"{model['parameters_without_embeddings'] / 1e6:.1f} M parameters without embeddings"
+        )
+    for dtype in options["dtypes"]:
+        console.print(_models_table(record, dtype))
+        _print_failures(record, dtype, console)
+        if "memory" in record:
+            speeds = record["memory"][dtype]["bytes_per_second"]
+            console.print(
+                f"memory: copy {speeds['copy'] / 1e9:.1f} GB/s (read + write), read {speeds['read'] / 1e9:.1f}"
+            )
+    _print_ratios(record, console)
+    console.print("Ratios of times, median over rounds.")
+
+
+def _print_failures(record: dict[str, Any], dtype: str, console: "Console") -> None:
+    for case, reason in record["checks"][dtype]["failed_to_compile"].items():
+        console.print(f"{_LABELS[case]}: does not compile here ({reason})", markup=False)
+
+
+def _print_ratios(record: dict[str, Any], console: "Console") -> None:
     for ratio in record["ratios"]:
         sign, limit = ("<=", ratio["at_most"]) if ratio["at_most"] is not None else (">=", ratio["at_least"])
         mark = (
@@ -133,7 +251,41 @@ def _print(record: dict[str, Any]) -> None:
         )
         names = f"{_LABELS[ratio['numerator']]} / {_LABELS[ratio['denominator']]}"
         console.print(f"{ratio['dtype']:<9} {names:<62} {ratio['value']:6.3f}{mark}")
-    console.print("Ratios: forward + backward, median over rounds.")
+
+
+def _machine(record: dict[str, Any]) -> str:
+    hardware = record["hardware"]
+    return (
+        f"{record['threads']} threads on {hardware['cpu']} ({' '.join(hardware['flags'])}), "
+        f"torch {record['versions']['torch']}"
+    )
+
+
+def _models_table(record: dict[str, Any], dtype: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=f"{dtype}, tokens per second", box=box.SIMPLE, title_justify="left")
+    table.add_column("case")
+    passes = record["tokens_per_second"][dtype]
+    for name in passes:
+        table.add_column(name, justify="right", style="bold")
+        table.add_column("quartiles", justify="right")
+    memory = record.get("memory", {}).get(dtype)
+    if memory:
+        table.add_column("of copy", justify="right")
+        table.add_column("of read", justify="right")
+    for case in next(iter(passes.values())):
+        cells = []
+        for name, cases in passes.items():
+            seconds = record["seconds"][dtype][name][case]
+            tokens = cases[case] * seconds["median"]
+            low, high = tokens / seconds["third_quartile"], tokens / seconds["first_quartile"]
+            cells += [f"{cases[case]:.1f}", f"{low:.1f}-{high:.1f}"]
+        if memory:
+            cells += [f"{100 * memory['fraction'][case][name]:.0f} %" for name in ("copy", "read")]
+        table.add_row(_LABELS[case], *cells)
+    return table
 
 
 def _table(record: dict[str, Any], dtype: str) -> "Table":
