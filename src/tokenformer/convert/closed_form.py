@@ -27,9 +27,8 @@ from tokenformer.convert.pretrained import Affine
 from tokenformer.ops.activations import Activation
 from tokenformer.pattention import BASE, ParameterTokens, Pattention
 
-
-# Typical score of a single token, where a new layer has 1 (tau = sqrt(N)). For a small z, f(z) is nearly linear, so that
-# single tokens come close too; a still smaller one asks for values so large that training would hardly move them.
+# Typical score of a single token, where a new layer has 1 (tau = sqrt(N)). For a small z, f(z) is nearly linear, so
+# that single tokens come close too; a still smaller one asks for values so large that training would hardly move them.
 SCORE = 0.1
 
 
