@@ -48,6 +48,7 @@ parser.add_argument("--teacher-tokens", type=int, default=3_000_000)
 parser.add_argument("--teacher-rate", type=float, default=2e-3)
 parser.add_argument("--sweep-tokens", type=int, default=150_000)
 parser.add_argument("--tokens", type=int, default=600_000)
+parser.add_argument("--no-training", action="store_true", help="only convert, and measure what comes out")
 parser.add_argument(
     "--json", help="add the figures to those of the other architecture in this file, and draw them beside it"
 )
@@ -261,6 +262,9 @@ def draw(reports: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     colours = {"random": "#d62728", "embeddings": "#7f7f7f", "weights": "#ff9d3b", "fitted": "#1f77b4"}
+    reports = {architecture: report for architecture, report in reports.items() if report["starts"]}
+    if not reports:
+        return
     figure = Figure(figsize=(5.5 * len(reports), 4.4), dpi=130, layout="constrained")
     # The long run has another scale and its own schedule: it is in the figures, not in the picture.
     for axes, (architecture, report) in zip(
@@ -289,11 +293,12 @@ if __name__ == "__main__":
     print(f"teacher: {teacher['parameters']:,} parameters, held-out loss {teacher['held_out']['loss']:.4f}", flush=True)
     fitted = make_starts(data)
     report = {
-        "command": f"from_transformer.py CORPUS --architecture {arguments.architecture}",
+        "command": f"from_transformer.py CORPUS --architecture {arguments.architecture} "
+        f"--teacher-tokens {arguments.teacher_tokens}" + " --no-training" * arguments.no_training,
         "teacher": teacher,
         "fitted": {name: value for name, value in fitted.items() if name != "out"},
         "counts": compare_counts(data),
-        "starts": compare(data),
+        "starts": {} if arguments.no_training else compare(data),
         "data": data.manifest["splits"],
         "threads": threads,
         **hardware(),
