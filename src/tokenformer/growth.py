@@ -232,6 +232,7 @@ def grow_folder(
         before = whole.num_parameters()
         torch.manual_seed(seed)
         grow(whole, qkv=qkv, output=output, ffn=ffn, keys=keys, scale=scale, name=name)
+        vars(whole.config).pop("auto_map", None)  # of an exported folder: its code does not come along
         whole.save_pretrained(partial)
         copy_tokenizer(model_folder(model), partial)
         if moments is not None:

@@ -174,6 +174,7 @@ def test_an_exported_folder_is_a_model_like_any_other(elsewhere, tmp_path, capsy
     assert {path.name: path.read_bytes() for path in (tmp_path / "twice").glob("*.py")} == code
     assert main(["grow", str(exported), str(tmp_path / "grown"), "--ffn", "50"]) == 0
     assert torch.equal(load_model(tmp_path / "grown")(IDS).logits, load_model(exported)(IDS).logits)
+    assert "auto_map" not in json.loads((tmp_path / "grown" / "config.json").read_text()), "its code did not come along"
     capsys.readouterr()
     assert main(["info", str(exported)]) == 0
     assert "grown1" in capsys.readouterr().out

@@ -89,7 +89,7 @@ def test_hanging_up_and_stop_strings_end_the_work(server, engine):
     assert server.complete(LINES[0], max_tokens=4000, stop=stop).choices[0].text == whole[: whole.index(stop)]
     deadline = threading.Event()
     for _ in range(600):
-        if not active(engine):
+        if not active(engine) and not engine.answers:  # the second is forgotten a moment after the first stops
             break
         deadline.wait(0.1)
     assert not active(engine)
