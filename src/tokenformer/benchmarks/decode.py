@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import CompileConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from tokenformer.benchmarks.conditions import DTYPES, check_options
@@ -31,6 +31,7 @@ from tokenformer.benchmarks.models import (
 from tokenformer.benchmarks.report import Timings
 from tokenformer.benchmarks.timing import Timing, interleave
 from tokenformer.errors import UserError
+from tokenformer.generation import static_cache_options
 from tokenformer.hardware import set_threads
 from tokenformer.models import TokenFormerConfig
 
@@ -161,10 +162,8 @@ def measure(
 
 def _generation_configs(tokens: int, compiler: str) -> dict[str, GenerationConfig]:
     """By mode: greedy, `tokens` of them whatever they are."""
-    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend=compiler, mode="default")
-    # transformers compiles on accelerators only, unless told so; the class says None and means a bool.
-    compile_config._compile_all_devices = True  # type: ignore[assignment]
-    compiled = {"cache_implementation": "static", "compile_config": compile_config}
+    compiled = static_cache_options()
+    compiled["compile_config"].backend = compiler
     return {
         "eager": GenerationConfig(max_new_tokens=tokens, do_sample=False),
         "compiled": GenerationConfig(max_new_tokens=tokens, do_sample=False, **compiled),

@@ -69,4 +69,6 @@ def reference_segments(
         rows = x.shape[:-1]
         full = [torch.ones(1, dtype=torch.bool, device=x.device) if v is None else v for v in visible]
         mask = torch.cat([v.expand(*rows, len(key)) for v, key in zip(full, keys, strict=True)], dim=-1)
-    return reference_pattention(x, torch.cat(list(keys)), torch.cat(list(values)), scale, visible=mask, **options)  # type: ignore[arg-type]
+    key, value = torch.cat(list(keys)), torch.cat(list(values))
+    # Passed on as they are: the function called says their types.
+    return reference_pattention(x, key, value, scale, visible=mask, **options)  # type: ignore[arg-type]
