@@ -112,6 +112,64 @@ def test_random_keys_are_initialised_as_in_a_new_model_and_the_outputs_change() 
     assert (model(ids).logits - before).abs().max() > 0.1
 
 
+def test_noise_has_the_size_asked_for_and_reaches_old_tokens_of_growing_layers_only() -> None:
+    model = tiny_model(segments=[{"name": "base", "qkv": 12, "output": 400, "ffn": 400}])
+    before = _state(model)
+    grow(model, output=410, ffn=410, noise=0.25)
+    for path, layer in model.named_modules():
+        if isinstance(layer, Pattention):
+            for leaf in ("key", "value"):
+                old = before[f"{path}.segments.base.{leaf}"].double()
+                added = layer.segments["base"].get_parameter(leaf).detach().double() - old
+                if layer.kind == "qkv":
+                    assert added.count_nonzero() == 0
+                else:
+                    size = old.square().mean().sqrt().item()
+                    assert added.std().item() == pytest.approx(0.25 * size, rel=0.04)
+                    assert abs(added.mean().item()) < 0.01 * size
+                    assert abs(torch.corrcoef(torch.stack([added.flatten(), old.flatten()]))[0, 1].item()) < 0.05
+    for name, tensor in model.state_dict().items():
+        if "segments" not in name:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_noise_leaves_the_new_tokens_alone_and_none_changes_nothing() -> None:
+    states = []
+    for noise in (0.0, 0.0, 0.5):
+        torch.manual_seed(5)
+        model = tiny_model()
+        states.append(_state(grow(model, qkv=24, output=20, ffn=40, keys="random", noise=noise)))
+    plain, again, noisy = states
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, again[name])
+        assert torch.equal(tensor, noisy[name]) != ("segments.base" in name), name
+
+
+def test_noise_on_every_older_segment_and_with_an_optimizer() -> None:
+    model = grow(tiny_model(), ffn=40)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = _state(model)
+    grow(model, ffn=60, noise=0.1, optimizer=optimizer)
+    layer = _layers(model)[-1]
+    path = next(name for name, module in model.named_modules() if module is layer)
+    assert list(layer.segments) == ["base", "grown1", "grown2"]
+    for segment in ("base", "grown1"):
+        assert not torch.equal(layer.segments[segment].value, before[f"{path}.segments.{segment}.value"])
+    # Zero keys have no size, so noise that is a share of it leaves them zero.
+    assert layer.segments["grown1"].key.count_nonzero() == 0
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf")])
+def test_noise_that_cannot_be(noise: float) -> None:
+    model = tiny_model()
+    before = _state(model)
+    with pytest.raises(UserError, match=f"noise must be 0 or a positive share .*, got {noise}"):
+        grow(model, ffn=40, noise=noise)
+    assert _state(model).keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _state(model).items())
+
+
 @pytest.mark.parametrize("keys", ["zero", "random"])
 def test_sqrt_scale_follows_the_number_of_tokens(keys) -> None:
     model, ids = tiny_model(), tiny_ids()

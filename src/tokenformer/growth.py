@@ -6,6 +6,7 @@ released code instead derives tau from the number of tokens, which changes every
 is `scale="sqrt"` here.
 """
 
+import math
 import re
 import shutil
 import warnings
@@ -37,6 +38,7 @@ def grow(
     tokens: int | None = None,
     keys: KeyInit = "zero",
     scale: ScaleRule = "keep",
+    noise: float = 0.0,
     name: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
@@ -51,6 +53,9 @@ def grow(
         keys: `zero` changes no output (with `scale="keep"`); `random` initialises keys as in a new model, as the paper
             does, and the loss jumps.
         scale: `keep` leaves tau as it is; `sqrt` sets it to the root of the new number of tokens, as the paper does.
+        noise: standard deviation of Gaussian noise added to the old keys and values of the layers that grow, as a share
+            of each tensor's root mean square; 0 leaves them alone. Drawn after the new tokens, which do not depend on
+            it.
         name: of the new segment; `grown1`, `grown2`, ... if not given.
         optimizer: an optimizer over the model's parameters: the new ones join it, each in the group that holds the old
             tokens of its layer, and the state of the old parameters stays as it is. Without it, make a new one.
@@ -60,18 +65,21 @@ def grow(
 
     Raises:
         UserError: nothing to grow, a count that is not larger than what a layer has, a segment name that is taken or
-            not usable, an unknown rule for keys or scale, or an optimizer that does not hold the model's tokens. Model
-            and optimizer are then unchanged.
+            not usable, an unknown rule for keys or scale, a noise that is negative or not finite, or an optimizer that
+            does not hold the model's tokens. Model and optimizer are then unchanged.
     """
     for label, rule, known in (("keys", keys, get_args(KeyInit)), ("scale", scale, get_args(ScaleRule))):
         if rule not in known:
             raise UserError(f"unknown {label} '{rule}': use one of {', '.join(known)}")
+    if not 0 <= noise < math.inf:
+        raise UserError(f"noise must be 0 or a positive share of the tokens' root mean square, got {noise}")
     targets = {"qkv": qkv, "output": output, "ffn": ffn, None: tokens}
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, Pattention)}
     plan = _plan(layers, targets)
     name = _segment_name(layers, name)
     groups = {layer: _groups_of(optimizer, layer) for layer, _ in plan} if optimizer is not None else {}
-    _check_function_kept(layers.values(), keys, scale)
+    if noise == 0:
+        _check_function_kept(layers.values(), keys, scale)
 
     paths = {layer: path for path, layer in layers.items()}
     initializers = {layer: whole._init_weights for whole in _whole_models(model) for layer in whole.modules()}
@@ -87,8 +95,19 @@ def grow(
             group["params"].append(parameter)
             if "param_names" in group:
                 group["param_names"].append(f"{paths[layer]}.segments.{name}.{leaf}".lstrip("."))
+    if noise > 0:
+        for layer, _ in plan:
+            _add_noise(layer, name, noise)
     _record(model, name, plan)
     return model
+
+
+def _add_noise(layer: Pattention, newest: str, noise: float) -> None:
+    for segment_name, segment in layer.segments.items():
+        if segment_name != newest:
+            for parameter in segment.parameters():
+                size = parameter.float().square().mean().sqrt().mul(noise)
+                parameter.add_(torch.randn_like(parameter) * size.to(parameter.dtype))
 
 
 def _plan(layers: dict[str, Pattention], targets: dict[str | None, int | None]) -> list[tuple[Pattention, int]]:
@@ -194,6 +213,7 @@ def grow_folder(
     ffn: int | None = None,
     keys: KeyInit = "zero",
     scale: ScaleRule = "keep",
+    noise: float = 0.0,
     name: str | None = None,
     optimizer: Literal["fresh", "carried"] = "fresh",
     seed: int = 0,
@@ -208,10 +228,11 @@ def grow_folder(
         ffn: tokens of each feed-forward after growing.
         keys: zero keeps every output as it is; random initialises keys as in a new model, and the loss jumps.
         scale: keep leaves tau as it is; sqrt sets it to the root of the new number of tokens, as the paper does.
+        noise: standard deviation of noise added to the old keys and values, as a share of their root mean square.
         name: of the new segment; grown1, grown2, ... if not given.
         optimizer: carried copies the moments of the old tokens from the run's last checkpoint, for training with
             optimizer.state carried; fresh does not.
-        seed: of the new tokens' random values.
+        seed: of the new tokens' random values and of the noise.
 
     Returns:
         `out`, the `segment`'s name, and the parameters `before` and `after`.
@@ -231,7 +252,7 @@ def grow_folder(
         moments = optimizer_file(source) if optimizer == "carried" else None
         before = whole.num_parameters()
         torch.manual_seed(seed)
-        grow(whole, qkv=qkv, output=output, ffn=ffn, keys=keys, scale=scale, name=name)
+        grow(whole, qkv=qkv, output=output, ffn=ffn, keys=keys, scale=scale, noise=noise, name=name)
         vars(whole.config).pop("auto_map", None)  # of an exported folder: its code does not come along
         whole.save_pretrained(partial)
         copy_tokenizer(model_folder(model), partial)

@@ -130,6 +130,18 @@ def peak_flops(device: "torch.device") -> float | None:
     return next((peak for part, peak in _PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
+def accelerator_peak(name: str) -> tuple[str, float]:
+    """An accelerator that is meant by `name`, whatever the case, and its peak dense bf16 FLOP/s.
+
+    Raises:
+        UserError: none that we know.
+    """
+    for known, peak in _PEAK_FLOPS.items():
+        if known.lower() == name.lower():
+            return known, peak
+    raise UserError(f"unknown accelerator '{name}': use one of {', '.join(_PEAK_FLOPS)}, or cpu")
+
+
 def _cpuinfo() -> list[dict[str, str]]:
     """The fields of each logical CPU; empty where the system has no such file."""
     try:

@@ -108,3 +108,20 @@ def test_a_full_disk_leaves_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_noise_reaches_the_old_tokens_and_the_seed_repeats_it(model: TokenFormerForCausalLM, tmp_path: Path) -> None:
+    for out, noise in (("a", "0.1"), ("b", "0.1"), ("c", "0")):
+        assert main(["grow", str(tmp_path / "model"), str(tmp_path / out), "--ffn", "40", "--noise", noise]) == 0
+    a, b, c = (load_model(tmp_path / out).model.layers[0].ffn.segments for out in "abc")
+    assert torch.equal(a["base"].value, b["base"].value)
+    assert torch.equal(c["base"].value, model.model.layers[0].ffn.segments["base"].value)
+    assert not torch.equal(a["base"].value, c["base"].value)
+    assert torch.equal(a["grown1"].value, c["grown1"].value)
+
+
+def test_noise_that_cannot_be(
+    model: TokenFormerForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--ffn", "40", "--noise", "-1"]
+    refused(arguments, tmp_path, capsys, "noise must be 0 or a positive share", "got -1")

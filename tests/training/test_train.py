@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import tokenformer.models  # registers the Auto classes
 from tokenformer.data import PreparedData
 from tokenformer.training import Recipe, train
+from tokenformer.training.building import build_model
 from tokenformer.training.callbacks import read_metrics
-from tokenformer.training.run import _build_model
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -31,7 +31,7 @@ def losses_by_hand(recipe: Recipe, steps: int) -> list[float]:
     """Plain AdamW on the rows in the order that torch's RandomSampler gives for the seed."""
     data = PreparedData.load(recipe.data.path)
     set_seed(recipe.training.seed)
-    model = _build_model(recipe, data).train()
+    model = build_model(recipe, data).train()
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     others = [p for n, p in model.named_parameters() if "norm" in n]
     optimizer = torch.optim.AdamW(
@@ -167,7 +167,7 @@ def test_a_finished_run_is_not_redone(make_recipe: MakeRecipe, capsys: pytest.Ca
 def test_presets_build_the_papers_sizes(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(model__preset="150M")
     with torch.device("meta"):
-        model = _build_model(recipe, PreparedData.load(recipe.data.path))
+        model = build_model(recipe, PreparedData.load(recipe.data.path))
     assert model.num_token_parameters() == 2 * 12 * 768 * (4 * 768 + 3072)
     assert model.config.vocab_size == 320  # the tokenizer's 300, aligned
     assert isinstance(model, tokenformer.models.TokenFormerForCausalLM)

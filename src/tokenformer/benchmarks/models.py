@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
+from tokenformer.baselines.transformer import num_parameters, transformer_config
 from tokenformer.benchmarks import checking
 from tokenformer.benchmarks.conditions import warm_up
 from tokenformer.benchmarks.report import Timings, as_seconds, new_record
@@ -50,20 +51,19 @@ def equal_transformer(config: TokenFormerConfig) -> GPTNeoXConfig:
     """
 
     def transformer(layers: int) -> GPTNeoXConfig:
-        return GPTNeoXConfig(
+        return transformer_config(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=4 * config.hidden_size,
             num_hidden_layers=layers,
             num_attention_heads=config.num_attention_heads,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": config.rotary_pct},
+            rotary_pct=config.rotary_pct,
             max_position_embeddings=config.max_position_embeddings,
             tie_word_embeddings=config.tie_word_embeddings,
         )
 
-    with torch.device("meta"):
-        wanted = num_parameters(TokenFormerForCausalLM(config))
-        one, two = (num_parameters(GPTNeoXForCausalLM(transformer(layers))) for layers in (1, 2))
+    wanted = num_parameters(config)
+    one, two = (num_parameters(transformer(layers)) for layers in (1, 2))
     layers = max(1, round((wanted - one) / (two - one)) + 1)
     found = one + (layers - 1) * (two - one)
     if abs(found / wanted - 1) > PARAMETER_TOLERANCE:
@@ -72,12 +72,6 @@ def equal_transformer(config: TokenFormerConfig) -> GPTNeoXConfig:
             "its tokens or layers until they agree within 2 %"
         )
     return transformer(layers)
-
-
-def num_parameters(model: PreTrainedModel) -> int:
-    """Parameters without embeddings; a tied embedding counts once."""
-    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in embeddings)
 
 
 def decode_bytes(model: PreTrainedModel, context_length: int) -> int:
@@ -162,7 +156,7 @@ def prepare(
     Raises:
         UserError: logits that are wrong.
     """
-    record["models"] = {name: _describe(model) for name, model in models.items()}
+    record["models"] = {name: describe(model) for name, model in models.items()}
     progress(f"{dtype}: compiling")
     compile_seconds, failed = warm_up(cases, [case for case in cases if case.endswith("_compiled")])
     progress(f"{dtype}: checking against float64")
@@ -200,7 +194,8 @@ def finish(record: dict[str, Any], timings: Timings, tokens: Mapping[str, int], 
     record["ratios"] = ratios({dtype: passes[judged] for dtype, passes in timings.items()}, TARGETS, judge=judge)
 
 
-def _describe(model: PreTrainedModel) -> dict[str, Any]:
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """What a record says of a model: class, sizes, attention."""
     config = model.config
     return {
         "class": type(model).__name__,

@@ -45,8 +45,12 @@ def file_name(record: dict[str, Any]) -> str:
     return f"{record['benchmark']}_{slug}_{torch}_{record['date'][:10]}.json"
 
 
-def check_target(target: str) -> None:
+def check_target(target: str, option: str = "--json") -> None:
     """Say now, not after minutes of measuring, that a file cannot be written.
+
+    Args:
+        target: file or folder.
+        option: that names it.
 
     Raises:
         UserError: its folder does not exist.
@@ -55,7 +59,7 @@ def check_target(target: str) -> None:
         return
     folder = Path(target) if _is_folder(target) else Path(target).parent
     if not folder.is_dir():
-        raise UserError(f"--json {target}: there is no folder '{folder}': create it first")
+        raise UserError(f"{option} {target}: there is no folder '{folder}': create it first")
 
 
 def write(record: dict[str, Any], target: str) -> Path | None:

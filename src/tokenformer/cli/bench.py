@@ -18,6 +18,7 @@ BENCHMARKS = {
     "pattention": "one Pattention against the published order of operations, a GELU MLP and the bare products",
     "forward": "prefill of a TokenFormer against transformers' GPTNeoX of equal size",
     "decode": "generation by a TokenFormer against GPTNeoX of equal size, and against the memory's bandwidth",
+    "long-context": "training steps over sequence length: a grown TokenFormer against a wider GPTNeoX",
 }
 
 EXAMPLE = """\
@@ -27,6 +28,8 @@ EXAMPLE = """\
   tokenformer bench forward --threads 2 --json benchmarks/results/
   tokenformer bench decode --quick
   tokenformer bench decode --threads 2 --json benchmarks/results/
+  tokenformer bench long-context --quick
+  tokenformer bench long-context --threads 2 --json benchmarks/results/ --picture long-context.png
 """
 
 HELP = f"""\
@@ -66,7 +69,12 @@ def main(argv: list[str]) -> None:
         near = get_close_matches(name, BENCHMARKS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(BENCHMARKS)}"
         raise UserError(f"unknown benchmark '{name}': {hint}")
-    functions: dict[str, Callable[..., None]] = {"pattention": pattention, "forward": forward, "decode": decode}
+    functions: dict[str, Callable[..., None]] = {
+        "pattention": pattention,
+        "forward": forward,
+        "decode": decode,
+        "long-context": long_context,
+    }
     function = functions[name]
     example = "".join(f"{line}\n" for line in EXAMPLE.splitlines() if f" {name} " in line)
     parser = Parser(f"bench {name}", f"Measure {BENCHMARKS[name]}.", example)
@@ -177,13 +185,74 @@ def decode(
     _run(run, json, command, _print_models)
 
 
+def long_context(
+    *,
+    lengths: str = "128,512,1024,2048,4096",
+    tokens: int = 4096,
+    dtypes: str = "float32,bfloat16",
+    threads: int | None = None,
+    repeats: int = 3,
+    quick: bool = False,
+    json: str | None = None,
+    picture: str | None = None,
+    command: str | None = None,
+) -> None:
+    """Measure training steps over sequence length and print the figures as Markdown.
+
+    Args:
+        lengths: of the sequences, separated by commas; each must divide tokens.
+        tokens: of a step, at every length.
+        dtypes: of the products, separated by commas; weights are float32, and bfloat16 is autocast.
+        threads: of torch; one per physical core if not given.
+        repeats: rounds; every model takes a step once in each.
+        quick: small models, 256 tokens in sequences of 64 and 256, at most 3 rounds, to see that it runs.
+        json: file for the record, a folder to give it its usual name there, or - for standard output.
+        picture: PNG file for FLOPs and times over length.
+        command: written into the record.
+    """
+    from pathlib import Path
+
+    from tokenformer.benchmarks.long_context import measure, small_config
+    from tokenformer.benchmarks.report import check_target
+    from tokenformer.reports.long_context import draw, tables
+
+    if picture is not None:
+        if not picture.endswith(".png"):
+            raise UserError(f"--picture {picture}: name a file that ends in .png")
+        check_target(picture, "--picture")
+    if not all(word.strip().isdecimal() for word in lengths.split(",")):
+        raise UserError(f"--lengths must be whole numbers separated by commas, got '{lengths}'")
+    config, sizes = None, tuple(int(word) for word in lengths.split(","))
+    if quick:
+        config, sizes, tokens, repeats = small_config(), (64, 256), 256, min(repeats, 3)
+
+    def show(record: dict[str, Any], console: "Console") -> None:
+        console.print(f"long-context: {tokens} tokens a step; {_machine(record)}\n", soft_wrap=True, markup=False)
+        console.print(tables(record), soft_wrap=True, markup=False)
+
+    def measured(progress: Callable[[str], None]) -> dict[str, Any]:
+        return measure(
+            config,
+            lengths=sizes,
+            tokens=tokens,
+            dtypes=_names(dtypes),
+            threads=threads,
+            repeats=repeats,
+            progress=progress,
+        )
+
+    record = _run(measured, json, command, show)
+    if picture is not None:
+        draw(record, Path(picture))
+
+
 def _names(dtypes: str) -> tuple[str, ...]:
     return tuple(dtypes.replace(" ", "").split(","))
 
 
 def _run(
     measure: Callable[..., dict[str, Any]], json: str | None, command: str | None, show: Callable[..., None]
-) -> None:
+) -> dict[str, Any]:
     """Measure, write the record where asked, and show it, unless the record itself goes to standard output."""
     from rich.console import Console
 
@@ -202,6 +271,7 @@ def _run(
         show(record, console)
     if path is not None:
         print(f"record: {path}")
+    return record
 
 
 def _print(record: dict[str, Any], console: "Console") -> None:

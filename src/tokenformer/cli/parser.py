@@ -28,7 +28,8 @@ class Parser(jsonargparse.ArgumentParser):
         example: commands shown at the end of `--help`.
     """
 
-    def __init__(self, verb: str, summary: str, example: str, **kwargs: Any) -> None:
+    def __init__(self, verb: str = "", summary: str = "", example: str = "", **kwargs: Any) -> None:
+        # Without arguments: jsonargparse makes parsers like this one for dataclasses within lists.
         super().__init__(
             prog=f"tokenformer {verb}",
             description=summary,

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from transformers import AutoConfig, GPT2LMHeadModel, GPTNeoXForCausalLM
 
+from tokenformer.baselines.loading import load_weights
 from tokenformer.errors import UserError
 from tokenformer.models.checkpoints import one_line
 from tokenformer.models.loading import quiet
@@ -208,26 +208,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             "(GPT-NeoX, Pythia, GPT-2)"
         )
     _check_options(config, folder)
-    try:
-        model, report = ARCHITECTURES[config.model_type].from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot read the weights: {one_line(error)}") from error
-    if report["mismatched_keys"]:
-        name, found, wanted = sorted(report["mismatched_keys"])[0]
-        raise UserError(
-            f"{folder}: {name} has shape {tuple(found)} but {tuple(wanted)} by config.json: "
-            "restore the config.json and the weights that were saved together"
-        )
-    if missing := sorted(report["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder}: the weights lack {missing[0]}{more}: copy all files of the model")
+    model, _ = load_weights(ARCHITECTURES[config.model_type], folder, config, dtype)
     return model
 
 

@@ -53,3 +53,10 @@ def evaluate_perplexity(
         "bits_per_byte": loss / math.log(2) * tokens_per_byte,
         "tokens": count,
     }
+
+
+def evenly_spaced(rows: Sequence[Any], count: int | None) -> Sequence[Any]:
+    """`count` of the rows at equal distances, the first among them; all of them if None or not fewer."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i * len(rows) // count] for i in range(count)]

@@ -44,6 +44,8 @@ class TokenFormerConfig(PreTrainedConfig):
         layer_norm_eps: of every layer norm.
         max_position_embeddings: longest sequence seen in training.
         initializer_range: standard deviation of keys and embeddings at initialisation.
+        value_initializer_range: of values; the published 2 / (layers * sqrt(hidden_size)) if not given, which is large
+            for few and narrow layers.
 
     Raises:
         UserError: sizes that do not fit together, naming the field.
@@ -64,6 +66,7 @@ class TokenFormerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
+    value_initializer_range: float | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 0

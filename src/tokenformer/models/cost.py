@@ -19,6 +19,26 @@ def count_tokens(model: nn.Module) -> dict[str, dict[str, int]]:
     return {name: dict(kinds) for name, kinds in counts.items()}
 
 
+def non_embedding_parameters(model: Any) -> int:
+    """Parameters without embeddings of a transformers language model; a tied embedding counts once."""
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in embeddings)
+
+
+def training_flops_per_token(model: Any, sequence_length: int) -> int:
+    """Floating-point operations to train on one token of a sequence, for any transformers language model.
+
+    The paper's Table 3: 2 for each weight in a matrix product, the output embedding included, and 4 L D T for
+    token-token attention, whose causal half is counted in full; the backward pass twice that, without recomputation.
+    """
+    config = model.config
+    embedding = model.get_input_embeddings().weight
+    products = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and p is not embedding)
+    if model.get_output_embeddings().weight is embedding:
+        products += embedding.numel()
+    return 3 * (2 * products + 4 * config.num_hidden_layers * config.hidden_size * sequence_length)
+
+
 class CostMixin(nn.Module):
     """Cost methods of TokenFormer models. Nothing runs: a model on the meta device will do."""
 

@@ -90,11 +90,16 @@ class TokenFormerPreTrainedModel(CostMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The published initialisation: keys normal(0, 0.02), values normal(0, 2 / (layers * sqrt(D)))."""
+        """The published initialisation unless the configuration says otherwise.
+
+        Keys are normal(0, 0.02), values normal(0, 2 / (layers * sqrt(D))).
+        """
         config = self.config
         if isinstance(module, ParameterTokens):
             init.normal_(module.key, std=config.initializer_range)
-            init.normal_(module.value, std=2 / (config.num_hidden_layers * config.hidden_size**0.5))
+            published = 2 / (config.num_hidden_layers * config.hidden_size**0.5)
+            given = config.value_initializer_range
+            init.normal_(module.value, std=published if given is None else given)
         elif isinstance(module, Pattention):
             init.constant_(module.scale, module.initial_scale)
         else:

@@ -1,7 +1,7 @@
 """A self-contained HTML page: text, tables and figures in one file that needs no network."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from pathlib import Path
 
@@ -13,7 +13,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top:
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th { white-space: normal; } th:first-child, td:first-child { text-align: left; }
 tr.best td { font-weight: 600; }
 pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
 figure { margin: 1rem 0; background: #fff; border-radius: 6px; } figure img { width: 100%; display: block; }
@@ -37,12 +37,19 @@ class Page:
         """A paragraph; `kind` is `answer` or `note`."""
         self._parts.append(f'<p class="{escape(kind)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> None:
-        """A table; row `best` is set in bold."""
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        best: int | None = None,
+        bold: Collection[tuple[int, int]] = (),
+    ) -> None:
+        """A table; row `best` and the cells `bold`, as (row, column), are set in bold."""
         head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
         body = ""
         for i, row in enumerate(rows):
-            cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+            texts = [f"<b>{escape(cell)}</b>" if (i, j) in bold else escape(cell) for j, cell in enumerate(row)]
+            cells = "".join(f"<td>{text}</td>" for text in texts)
             body += f'<tr class="best">{cells}</tr>' if i == best else f"<tr>{cells}</tr>"
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         self._parts.append(f'<div class="scroll">{table}</div>')

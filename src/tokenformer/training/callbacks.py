@@ -11,11 +11,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tokenformer.errors import UserError
 from tokenformer.folders import saving, write_atomically
+from tokenformer.pattention import Pattention
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -141,6 +145,44 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Leave the finished bar."""
         self.progress.stop()
+
+
+class AnnealScale(TrainerCallback):
+    """Takes the scale (tau) of every Pattention linearly from where it is to the root of the number of tokens.
+
+    The scale is a function of the step alone, so that a resumed run has the same: make this before a checkpoint is
+    loaded into `model`.
+
+    Args:
+        model: as it is before the first step.
+        steps: optimizer steps to take for it, at least the first one; the scale then stays.
+
+    Raises:
+        UserError: the model has no Pattention layers.
+    """
+
+    def __init__(self, model: nn.Module, steps: float) -> None:
+        layers = [layer for layer in model.modules() if isinstance(layer, Pattention)]
+        if not layers:
+            raise UserError("optimizer.anneal_scale: the model has no Pattention layers, so no scale; set it to 0")
+        self.ways = [(layer, layer.scale.item(), layer.num_tokens**0.5) for layer in layers]
+        self.steps = steps
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the scale of the first step."""
+        self._set(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set the scale of the next step, which is also that of the checkpoint and of the evaluation after this one."""
+        self._set(state.global_step)
+
+    @torch.no_grad()
+    def _set(self, done: int) -> None:
+        for layer, start, end in self.ways:
+            # In place: a compiled model reads the buffer that it was compiled with.
+            layer.scale.fill_(end if done >= self.steps else start + (end - start) * done / self.steps)
 
 
 class StopOnSignal(TrainerCallback):

@@ -1,6 +1,7 @@
 """The recipe of a training run: typed, written as YAML, every field overridable on the command line."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ class ModelRecipe:
 
     Args:
         path: model folder to go on from, such as one written by `tokenformer grow`; the sizes are then its own.
+        family: tokenformer, or gpt_neox: transformers' Transformer, to compare with.
         preset: a size of the paper (150M, 450M, 900M, 1.5B, 124M, 354M, 757M, 1.4B) in place of the sizes below.
         hidden_size: channels of the residual stream.
         num_hidden_layers: blocks.
@@ -26,9 +28,13 @@ class ModelRecipe:
         rotary_pct: share of a head's channels that carries positions.
         normalization: l2_gelu (the paper's), gelu_l2 or softmax.
         activation: nonlinearity of Pattention.
+        value_initializer_range: standard deviation of the first values; the published one, which is large for small
+            models, if not given.
+        intermediate_size: units of a Transformer's feed-forward; 4 hidden_size if not given.
     """
 
     path: str | None = None
+    family: Literal["tokenformer", "gpt_neox"] = "tokenformer"
     preset: str | None = None
     hidden_size: int = 256
     num_hidden_layers: int = 6
@@ -39,6 +45,8 @@ class ModelRecipe:
     rotary_pct: float = 0.25
     normalization: str = "l2_gelu"
     activation: str = "gelu"
+    value_initializer_range: float | None = None
+    intermediate_size: int | None = None
 
 
 @dataclass
@@ -51,12 +59,16 @@ class DataRecipe:
         tokenizer: tokenizer.json that the files were made with, or a folder that holds it.
         held_out: other files, or the fraction of the documents to hold out, at the end (0.01).
         sequence_length: tokens in a row.
+        held_out_rows: held-out rows that are measured, evenly spaced over all; all if not given.
+        skip_rows: training rows to pass over first, in the order of the seed: those that the model has seen.
     """
 
     path: str = ""
     tokenizer: str | None = None
     held_out: float | str | None = None
     sequence_length: int | None = None
+    held_out_rows: int | None = None
+    skip_rows: int = 0
 
 
 @dataclass
@@ -73,6 +85,12 @@ class OptimizerRecipe:
         beta2: decay of the second moment.
         max_grad_norm: gradients are scaled down to this norm.
         state: fresh moments, or those carried by the folder in model.path (`tokenformer grow --optimizer carried`).
+        old_tokens: learning rate of all that is not in the newest segment, as a share of learning_rate: 1 trains it
+            like the new tokens, 0 freezes it.
+        anneal_scale: share of the steps over which tau goes linearly from its value in model.path to the root of the
+            number of tokens, the published value; 0 leaves it.
+        schedule_from: where in the schedule this run begins; more than 0 goes on with one that an earlier run began.
+        schedule_to: where in the schedule it ends. Warm-up is a share of the whole schedule.
     """
 
     learning_rate: float = 1e-3
@@ -84,6 +102,10 @@ class OptimizerRecipe:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     state: Literal["fresh", "carried"] = "fresh"
+    old_tokens: float = 1.0
+    anneal_scale: float = 0.0
+    schedule_from: float = 0.0
+    schedule_to: float = 1.0
 
 
 @dataclass
@@ -103,6 +125,10 @@ class TrainingRecipe:
         keep_checkpoints: whole checkpoints kept.
         seed: of initialisation and data order.
         threads: CPU threads; all cores if not given.
+        on_collapse: what follows a loss or gradient that is not finite, or a loss that rises by collapse_rise: stop, or
+            go back to the last checkpoint and skip the batches from there up to the collapse.
+        collapse_rise: nats by which the loss of a step exceeds its running mean when it counts as a collapse; 0 counts
+            only what is not finite.
     """
 
     tokens: int = 10_000_000
@@ -117,6 +143,8 @@ class TrainingRecipe:
     keep_checkpoints: int = 2
     seed: int = 0
     threads: int | None = None
+    on_collapse: Literal["stop", "skip"] = "stop"
+    collapse_rise: float = 0.0
 
 
 @dataclass
@@ -145,6 +173,8 @@ class Recipe:
             raise UserError("data.path: give a folder written by `tokenformer data prepare`, or tokenised .bin files")
         if self.model.path and self.model.preset:
             raise UserError("model.path and model.preset exclude each other: a folder already has its sizes")
+        if self.model.family == "gpt_neox" and self.model.preset:
+            raise UserError("model.preset: the presets are TokenFormers; give the sizes of a gpt_neox")
         if self.optimizer.state == "carried" and not self.model.path:
             raise UserError("optimizer.state 'carried' needs model.path: a new model has no moments to carry")
         for section, names in _POSITIVE.items():
@@ -152,21 +182,49 @@ class Recipe:
                 value = getattr(getattr(self, section), name)
                 if value is not None and not value > 0:
                     raise UserError(f"{section}.{name} must be positive, got {value}")
+        if self.data.skip_rows < 0:
+            raise UserError(f"data.skip_rows must not be negative, got {self.data.skip_rows}")
         for name in ("eval_every", "save_every"):
             if getattr(self.training, name) < 0:
                 raise UserError(f"training.{name} must not be negative, got {getattr(self.training, name)}")
-        for name in ("warmup", "min_ratio"):
+        for name in ("warmup", "min_ratio", "anneal_scale", "schedule_from", "schedule_to"):
             if not 0 <= getattr(self.optimizer, name) <= 1:
                 raise UserError(f"optimizer.{name} must lie between 0 and 1, got {getattr(self.optimizer, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self.optimizer, name) < 1:
                 raise UserError(f"optimizer.{name} must lie in [0, 1), got {getattr(self.optimizer, name)}")
+        if self.optimizer.schedule_from >= self.optimizer.schedule_to:
+            raise UserError(
+                f"optimizer.schedule_from {self.optimizer.schedule_from} must lie below "
+                f"optimizer.schedule_to {self.optimizer.schedule_to}"
+            )
+        self._validate_growth()
+        if not 0 <= self.training.collapse_rise < math.inf:
+            raise UserError(f"training.collapse_rise must not be negative, got {self.training.collapse_rise}")
         if self.optimizer.weight_decay < 0:
             raise UserError(f"optimizer.weight_decay must not be negative, got {self.optimizer.weight_decay}")
         micro = self.training.micro_batch_size
         if micro is not None and self.training.batch_size % micro:
             raise UserError(
                 f"training.batch_size {self.training.batch_size} is not a multiple of training.micro_batch_size {micro}"
+            )
+
+    def _validate_growth(self) -> None:
+        """What only a model that was grown can be asked for."""
+        optimizer = self.optimizer
+        if not 0 <= optimizer.old_tokens <= _MAX_OLD_TOKENS:
+            raise UserError(
+                f"optimizer.old_tokens must lie between 0 (frozen) and {_MAX_OLD_TOKENS}, got {optimizer.old_tokens}"
+            )
+        if optimizer.old_tokens != 1 and not self.model.path:
+            raise UserError(
+                f"optimizer.old_tokens {optimizer.old_tokens} needs model.path, a folder of `tokenformer grow`: a new "
+                "model has no old tokens"
+            )
+        if optimizer.anneal_scale > 0 and not self.model.path:
+            raise UserError(
+                f"optimizer.anneal_scale {optimizer.anneal_scale} needs model.path: the scale of a new model is the "
+                "published one"
             )
 
     def to_yaml(self) -> str:
@@ -176,9 +234,11 @@ class Recipe:
     def difference(self, folder: Path) -> str | None:
         """The first field in which this recipe differs from the one that made `folder`, as a sentence; None if none.
 
-        `out` may differ (a run's folder can be moved), and so may what does not touch the numbers.
+        `out` may differ (a run's folder can be moved), and so may what does not touch the numbers. A field that the
+        version which made `folder` did not have counts as its default.
         """
-        theirs = _flatten(yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {})
+        theirs = _flatten(dataclasses.asdict(Recipe()))
+        theirs |= _flatten(yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {})
         for name, mine in _flatten(dataclasses.asdict(self)).items():
             if name not in _FREE and theirs.get(name) != mine:
                 return f"{name} is {theirs.get(name)} there and {mine} here"
@@ -186,10 +246,21 @@ class Recipe:
 
 
 RECIPE_FILE = "recipe.yaml"
-_FREE = {"out", "training.threads", "training.keep_checkpoints", "training.save_every"}
+_MAX_OLD_TOKENS = 1000
+# on_collapse is free so that a run which stopped over a collapse can go on by skipping.
+_FREE = {"out", "training.threads", "training.keep_checkpoints", "training.save_every", "training.on_collapse"}
 _POSITIVE = {
-    "model": ("hidden_size", "num_hidden_layers", "num_attention_heads", "qkv", "output", "ffn"),
-    "data": ("sequence_length",),
+    "model": (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "qkv",
+        "output",
+        "ffn",
+        "value_initializer_range",
+        "intermediate_size",
+    ),
+    "data": ("sequence_length", "held_out_rows"),
     "optimizer": ("learning_rate", "max_grad_norm"),
     "training": ("tokens", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "threads"),
 }

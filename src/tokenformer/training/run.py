@@ -1,6 +1,7 @@
 """One training run, from recipe to model: opened or resumed, trained, evaluated, saved and summed up."""
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -15,16 +16,25 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
-from tokenformer.data import TrainingData, open_data, tokenizer_hash
+from tokenformer.data import TrainingData, open_data
 from tokenformer.errors import UserError
 from tokenformer.evaluation import evaluate_perplexity
+from tokenformer.evaluation.perplexity import evenly_spaced
 from tokenformer.folders import CHECKPOINTS, PARTIAL, saving, step_of, whole_checkpoints, write_atomically
 from tokenformer.hardware import autocast_dtype, peak_flops, pick_device, pick_precision, set_threads
-from tokenformer.models import TokenFormerConfig, TokenFormerForCausalLM
-from tokenformer.models.loading import load_model
-from tokenformer.training.callbacks import METRICS_FILE, Metrics, ProgressBar, StopOnSignal, read_metrics
+from tokenformer.models.cost import non_embedding_parameters, training_flops_per_token
+from tokenformer.training.building import build_model
+from tokenformer.training.callbacks import (
+    METRICS_FILE,
+    AnnealScale,
+    Metrics,
+    ProgressBar,
+    StopOnSignal,
+    read_metrics,
+)
+from tokenformer.training.collapse import SKIPS_FILE, Collapse, LossRise, read_skips, skip_batches
 from tokenformer.training.recipe import RECIPE_FILE, Recipe
-from tokenformer.training.trainer import LanguageTrainer, carried_state, collate
+from tokenformer.training.trainer import LanguageTrainer, carried_state, collate, old_parameters
 
 SUMMARY_FILE = "summary.json"
 DATA_FILE = "data.json"
@@ -33,8 +43,9 @@ DATA_FILE = "data.json"
 def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dict[str, Any]:
     """Train a language model as `recipe` says, resuming a run that was stopped.
 
-    Writes to `recipe.out`: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, and at the end the model (loadable
-    with from_pretrained), its tokenizer and summary.json, whose presence means that the run is complete.
+    Writes to `recipe.out`: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, skips.json where it skipped batches
+    after a collapse, and at the end the model (loadable with from_pretrained), its tokenizer and summary.json, whose
+    presence means that the run is complete.
 
     Args:
         recipe: what to do.
@@ -43,14 +54,33 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
 
     Returns:
         The summary: tokens, flops, seconds, tokens_per_second, mfu (None where the peak is unknown), and the held-out
-        figures `eval_loss` (nats per token), `eval_perplexity`, `eval_bits_per_byte`.
+        figures `eval_loss` (nats per token), `eval_perplexity`, `eval_bits_per_byte`; `skips`, what was left out after
+        each collapse.
 
     Raises:
         UserError: anything in the recipe, the data or the folder that cannot work, before anything is written; a
-            non-finite loss; a full disk.
+            collapse that is to stop the run, or that skipping does not cure; a full disk.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
     recipe.validate()
+    while True:
+        try:
+            return _train(recipe, progress, title)
+        except Collapse as collapse:
+            if recipe.training.on_collapse == "stop":
+                raise
+            run = Path(recipe.out)
+            skip = skip_batches(run, collapse, max(map(step_of, whole_checkpoints(run)), default=0))
+        first, last = skip.skipped_batches
+        sys.stderr.write(
+            f"{skip.what} at step {skip.step}: going back to step {skip.checkpoint} and on without batches "
+            f"{first} to {last} ({SKIPS_FILE})\n"
+        )
+        gc.collect()  # the model that collapsed
+
+
+def _train(recipe: Recipe, progress: bool, title: str) -> dict[str, Any]:
+    """`train` from the last whole checkpoint on, up to the end or a collapse."""
     run = Path(recipe.out)
     finished = _check_folder(run, recipe)
     if finished is not None:
@@ -58,12 +88,18 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
     threads = set_threads(recipe.training.threads)
     device = pick_device()
     precision = pick_precision(recipe.training.precision, device)
-    data = open_data(**dataclasses.asdict(recipe.data))
+    options = dataclasses.asdict(recipe.data)
+    held_out_rows, skip_rows = options.pop("held_out_rows"), options.pop("skip_rows")
+    data = open_data(**options)
+    held_out = evenly_spaced(data.held_out, held_out_rows)
     steps = _steps(recipe, data)
     set_seed(recipe.training.seed)
-    model = _build_model(recipe, data)
+    model = build_model(recipe, data)
     tokens_per_byte = data.tokens_per_byte("held_out", progress=progress)
-    carried = carried_state(Path(str(recipe.model.path))) if recipe.optimizer.state == "carried" else None
+    optimizer = recipe.optimizer
+    carried = carried_state(Path(str(recipe.model.path))) if optimizer.state == "carried" else None
+    old = old_parameters(model) if optimizer.old_tokens != 1 else set()
+    anneal = [AnnealScale(model, optimizer.anneal_scale * steps)] if optimizer.anneal_scale > 0 else []
 
     disable_progress_bar()  # transformers' bars for writing a file would tear ours
     with saving(run):
@@ -74,8 +110,9 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
     shutil.rmtree(run / CHECKPOINTS / PARTIAL, ignore_errors=True)
     checkpoints = whole_checkpoints(run)
     resumed = checkpoints[-1] if checkpoints else None
+    skips = read_skips(run)
 
-    flops_per_token = model.training_flops_per_token(data.sequence_length)
+    flops_per_token = training_flops_per_token(model, data.sequence_length)
     tokens_per_step = recipe.training.batch_size * data.sequence_length
     metrics = Metrics(run, tokens_per_step, flops_per_token)
     stop = StopOnSignal()
@@ -83,7 +120,7 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
 
     def evaluate(candidate: torch.nn.Module) -> dict[str, float]:
         with metrics.paused():
-            return evaluate_perplexity(candidate, data.held_out, tokens_per_byte=tokens_per_byte, batch_size=batch)
+            return evaluate_perplexity(candidate, held_out, tokens_per_byte=tokens_per_byte, batch_size=batch)
 
     trainer = LanguageTrainer(
         run=run,
@@ -91,15 +128,22 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
         autocast=None if precision == "fp16" else autocast_dtype(precision),  # fp16 scales its loss in accelerate
         evaluate_with=evaluate,
         carried=carried,
+        old=old,
+        old_rate=optimizer.old_tokens,
+        schedule=(optimizer.schedule_from, optimizer.schedule_to),
+        loss_rise=LossRise(recipe.training.collapse_rise) if recipe.training.collapse_rise > 0 else None,
+        skips=skips,
+        skip_rows=skip_rows,
         model=model,
         args=_arguments(recipe, run, steps, precision, device),
         train_dataset=data.train,
-        eval_dataset=data.held_out,
+        eval_dataset=held_out,
         callbacks=[
             metrics,
             stop,
             TensorBoardCallback(SummaryWriter(str(run / "tensorboard"), purge_step=step_of(resumed) if resumed else 0)),
             *([ProgressBar(title, tokens_per_step)] if progress else []),
+            *anneal,
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -107,7 +151,13 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
     with stop:
         if resumed is None or step_of(resumed) < steps:
             compile_seconds = _compile(trainer, recipe, flops_per_token, data)
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            except Collapse as collapse:
+                collapse.seconds = metrics.seconds
+                # As at the end of a run: bar and TensorBoard close what they hold.
+                trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+                raise
         else:
             # Killed between the last checkpoint and the summary.
             trainer._load_from_checkpoint(str(resumed))
@@ -132,8 +182,9 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
         "mfu": speed * flops_per_token / peak if peak else None,
         **{name: last[name] for name in ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_tokens")},
         "parameters": model.num_parameters(),
-        "token_parameters": model.num_token_parameters(),
+        "non_embedding_parameters": non_embedding_parameters(model),
         "learning_rate": recipe.optimizer.learning_rate,
+        "skips": [dataclasses.asdict(skip) for skip in skips],
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": threads,
@@ -191,54 +242,6 @@ def _steps(recipe: Recipe, data: TrainingData) -> int:
     return math.ceil(recipe.training.tokens / (batch * data.sequence_length))
 
 
-def _build_model(recipe: Recipe, data: TrainingData) -> TokenFormerForCausalLM:
-    """A new model of the recipe's sizes, or the one in model.path, checked against the data."""
-    given = recipe.model
-    if given.path:
-        model = load_model(given.path)
-        tokenizer = Path(given.path) / "tokenizer.json"
-        if tokenizer.is_file() and tokenizer_hash(tokenizer) != data.tokenizer_hash:
-            raise UserError(
-                f"the tokenizer of {given.path} is not that of {data.path}: prepare the data with --tokenizer "
-                f"{given.path}, or give it as data.tokenizer if it made these files"
-            )
-    else:
-        # A multiple of 64 keeps the largest matrix product aligned; the ids above the tokenizer's are never seen.
-        vocab_size = -(-data.vocab_size // 64) * 64
-        end = data.tokenizer.eos_token_id
-        common: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": end, "eos_token_id": end}
-        if given.preset:
-            config = TokenFormerConfig.preset(given.preset, **common)
-        else:
-            config = TokenFormerConfig(
-                hidden_size=given.hidden_size,
-                num_hidden_layers=given.num_hidden_layers,
-                num_attention_heads=given.num_attention_heads,
-                segments=[{"name": "base", "qkv": given.qkv, "output": given.output, "ffn": given.ffn}],
-                rotary_pct=given.rotary_pct,
-                normalization=given.normalization,
-                activation=given.activation,
-                max_position_embeddings=data.sequence_length,
-                **common,
-            )
-        model = TokenFormerForCausalLM(config)
-    if recipe.training.gradient_checkpointing:
-        # transformers 5.21 renamed the method.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if data.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{data.path} has a vocabulary of {data.vocab_size}, the model one of {model.config.vocab_size}: "
-            "prepare the data with the model's tokenizer"
-        )
-    if data.sequence_length > model.config.max_position_embeddings:
-        raise UserError(
-            f"{data.path} is packed to {data.sequence_length} tokens, the model takes "
-            f"{model.config.max_position_embeddings}: prepare the data with a shorter --sequence-length, "
-            "or lower data.sequence_length of tokenised files"
-        )
-    return model
-
-
 def _arguments(recipe: Recipe, run: Path, steps: int, precision: str, device: torch.device) -> TrainingArguments:
     training, optimizer = recipe.training, recipe.optimizer
     micro = training.micro_batch_size or training.batch_size
@@ -251,7 +254,7 @@ def _arguments(recipe: Recipe, run: Path, steps: int, precision: str, device: to
         learning_rate=optimizer.learning_rate,
         lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
         lr_scheduler_kwargs={"min_lr_rate": optimizer.min_ratio} if cosine else None,
-        warmup_steps=round(optimizer.warmup * steps),
+        warmup_steps=round(optimizer.warmup * steps / (optimizer.schedule_to - optimizer.schedule_from)),
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.beta1,
         adam_beta2=optimizer.beta2,
@@ -282,6 +285,7 @@ def _compile(trainer: LanguageTrainer, recipe: Recipe, flops_per_token: int, dat
     started = time.perf_counter()
     micro = recipe.training.micro_batch_size or recipe.training.batch_size
     batch = {k: v.to(trainer.args.device) for k, v in collate([data.train[i] for i in range(micro)]).items()}
+    torch.compiler.reset()  # a process that has compiled several models would give up on the next one
     try:
         model.compile(dynamic=False)
         model.train()

@@ -2,16 +2,19 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
+from transformers import Trainer, get_scheduler
 
 from tokenformer.errors import UserError
 from tokenformer.folders import CHECKPOINTS, PARTIAL, publish, saving
+from tokenformer.training.collapse import Collapse, LossRise, RowsWithoutSkipped, Skip
 
 OPTIMIZER_FILE = "optimizer.pt"
 
@@ -31,6 +34,13 @@ class LanguageTrainer(Trainer):
         autocast: dtype of the forward pass, None for that of the parameters.
         evaluate_with: what `evaluate` returns, without its `eval_` prefix.
         carried: named optimizer state to start from (`carried_state`).
+        old: names of the parameters that were there before growing (`old_parameters`), where they are to be told apart.
+        old_rate: their learning rate as a share of that of the others; 0 freezes them.
+        schedule: which part of the learning rate's schedule these steps are, as (from, to) in [0, 1]; the arguments'
+            `warmup_steps` are those of the whole schedule.
+        loss_rise: what counts as a collapse beside a loss that is not finite.
+        skips: batches that the run leaves out.
+        skip_rows: rows that it passes over first.
         kwargs: passed to transformers' Trainer.
     """
 
@@ -42,6 +52,12 @@ class LanguageTrainer(Trainer):
         autocast: torch.dtype | None,
         evaluate_with: Callable[[nn.Module], dict[str, float]],
         carried: dict[str, dict[str, torch.Tensor]] | None = None,
+        old: Collection[str] = (),
+        old_rate: float = 1.0,
+        schedule: tuple[float, float] = (0.0, 1.0),
+        loss_rise: LossRise | None = None,
+        skips: Sequence[Skip] = (),
+        skip_rows: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(data_collator=collate, **kwargs)
@@ -50,6 +66,18 @@ class LanguageTrainer(Trainer):
         self.autocast = autocast
         self.evaluate_with = evaluate_with
         self.carried = carried
+        self.old = old
+        self.old_rate = old_rate
+        self.schedule = schedule
+        self.loss_rise = loss_rise
+        self.skips = list(skips)
+        self.skip_rows = skip_rows
+        self._step_loss = 0.0
+        if loss_rise is not None:
+            self.add_callback(loss_rise)
+        if old_rate == 0:
+            for name, parameter in cast(nn.Module, self.model).named_parameters():
+                parameter.requires_grad_(name not in old)
         # Rows are of one length, so the mean over micro-batches is the mean over tokens; counting labels instead would
         # divide by T where T - 1 tokens are predicted.
         self.model_accepts_loss_kwargs = False
@@ -65,13 +93,21 @@ class LanguageTrainer(Trainer):
         """One forward and backward pass; stops before a non-finite loss can reach the parameters.
 
         Raises:
-            UserError: naming step, learning rate and what to try.
+            Collapse: naming step, learning rate and what to try.
         """
         loss = super().training_step(*args, **kwargs)
         self._require_finite("loss", loss)
+        if self.loss_rise is not None:
+            self._step_loss += loss.item()
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
+        # The Trainer comes here once all passes of a step are done, and before it changes a parameter.
+        if self.loss_rise is not None:
+            risen = self.loss_rise.observe(self._step_loss)
+            self._step_loss = 0.0
+            if risen:
+                raise self._collapse(risen)
         # A finite loss can have an infinite gradient, and a checkpoint written after it would be of no use.
         norm: torch.Tensor | float | None = super()._clip_grad_norm(model)
         if norm is not None and not self.args.fp16:  # the gradient scaler of fp16 skips such a step by itself
@@ -80,11 +116,10 @@ class LanguageTrainer(Trainer):
 
     def _require_finite(self, what: str, value: torch.Tensor) -> None:
         if not torch.isfinite(value):
-            raise UserError(
-                f"the {what} became {value.item()} at step {self.state.global_step + 1} with learning rate "
-                f"{self._get_learning_rate():.3g}: try a lower optimizer.learning_rate, a longer optimizer.warmup, "
-                "a lower optimizer.max_grad_norm or training.precision fp32; the checkpoints before it are whole"
-            )
+            raise self._collapse(f"the {what} became {value.item()}")
+
+    def _collapse(self, what: str) -> Collapse:
+        return Collapse(what, self.state.global_step + 1, self._get_learning_rate())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW whose state knows the parameters' names, so that it can follow them into a grown model."""
@@ -92,15 +127,59 @@ class LanguageTrainer(Trainer):
             model = model or cast(nn.Module, self.model)
             decayed = set(self.get_decay_parameter_names(model))
             named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            groups = [
-                {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
-                {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
-            ]
+            # Frozen parameters are not among these. The new ones come first: the first group's learning rate is logged.
+            slow = set(self.old) if self.old_rate not in (0, 1) else set()
+            parts = [([pair for pair in named if pair[0] not in slow], 1.0)]
+            if slow:
+                parts.append(([pair for pair in named if pair[0] in slow], self.old_rate))
+            groups = []
+            for pairs, rate in parts:
+                lr = self.args.learning_rate * rate
+                decaying, others = ([pair for pair in pairs if (pair[0] in decayed) == does] for does in (True, False))
+                groups.append({"params": decaying, "weight_decay": self.args.weight_decay, "lr": lr})
+                groups.append({"params": others, "weight_decay": 0.0, "lr": lr})
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
             if self.carried is not None:
                 _restore(self.optimizer, self.carried)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The arguments' schedule, or the part of it that these steps are."""
+        begin, end = self.schedule
+        if (begin, end) == (0, 1):
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            whole = num_training_steps / (end - begin)
+            # An optimizer of its own: a scheduler sets the learning rate of its optimizer, here to that of step 0.
+            stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+            scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=stand_in,
+                num_warmup_steps=self.args.get_warmup_steps(round(whole)),
+                num_training_steps=cast(int, whole),  # a fraction too: schedules only divide by it
+                scheduler_specific_kwargs=cast(dict[str, Any] | None, self.args.lr_scheduler_kwargs),
+            )
+            (factor,) = scheduler.lr_lambdas
+            self.lr_scheduler = LambdaLR(
+                cast(torch.optim.Optimizer, optimizer or self.optimizer), lambda step: factor(begin * whole + step)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if not self.skips and not self.skip_rows:
+            return super()._get_train_sampler(train_dataset)
+        return RowsWithoutSkipped(
+            cast(Sized, self.train_dataset),
+            seed=cast(int, self.args.data_seed),
+            batch_size=self.args.train_batch_size,
+            batches_per_step=self.args.gradient_accumulation_steps,
+            skips=self.skips,
+            skip_rows=self.skip_rows,
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure on the held-out rows, log and return it under `eval_` names."""
@@ -124,6 +203,22 @@ class LanguageTrainer(Trainer):
         with saving(self.run / CHECKPOINTS):
             super()._save_checkpoint(model, trial)
             publish(partial / f"checkpoint-{self.state.global_step}", self.run, self.keep_checkpoints)
+
+
+def old_parameters(model: nn.Module) -> set[str]:
+    """Names of all parameters that are not in the newest segment: embeddings and norms are as old as the old tokens.
+
+    Raises:
+        UserError: the model was not grown.
+    """
+    segments = getattr(model.config, "segments", [])
+    if len(segments) < 2:
+        raise UserError(
+            "optimizer.old_tokens: the model in model.path was not grown, so none of its tokens is new; grow it first, "
+            "or set optimizer.old_tokens to 1"
+        )
+    new = f".segments.{segments[-1]['name']}."
+    return {name for name, _ in model.named_parameters() if new not in name}
 
 
 def carried_state(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
