@@ -14,6 +14,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("tokenformer.cli.data", "prepare text for training: tokenise, pack, hold out"),
     "train": ("tokenformer.cli.train", "train a model from a recipe; the same command resumes"),
     "convert": ("tokenformer.cli.convert", "published checkpoints to ours and back; a Transformer to a TokenFormer"),
+    "run": ("tokenformer.cli.run", "carry out a plan: train, grow, train on, with baselines; the same command goes on"),
+    "report": ("tokenformer.cli.report", "perplexity over cost of a plan's stages, against every baseline"),
     "grow": ("tokenformer.cli.grow", "append parameter tokens to a model"),
     "generate": ("tokenformer.cli.generate", "continue a prompt, streaming"),
     "serve": ("tokenformer.cli.serve", "serve a model with the API of OpenAI"),

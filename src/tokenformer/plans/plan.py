@@ -1,0 +1,312 @@
+"""The plan of a model's life, and of what it is compared with: typed, written as YAML."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from tokenformer.errors import UserError
+from tokenformer.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, TrainingRecipe
+
+Family = Literal["tokenformer", "gpt_neox"]
+
+
+@dataclass
+class Start:
+    """Sizes of a model that is trained from the beginning. What is not given is that of the plan's `model`.
+
+    Args:
+        like: a stage whose size it has: a TokenFormer has the same tokens, a Transformer as many parameters without
+            embeddings, by its width.
+        preset: a size of the paper, for a TokenFormer.
+        qkv: parameter tokens of each query, key and value layer.
+        output: parameter tokens of each output projection.
+        ffn: parameter tokens of each feed-forward.
+        hidden_size: channels of the residual stream.
+        num_hidden_layers: blocks.
+        num_attention_heads: heads.
+        value_initializer_range: standard deviation of a TokenFormer's first values.
+        intermediate_size: units of a Transformer's feed-forward.
+    """
+
+    like: str | None = None
+    preset: str | None = None
+    qkv: int | None = None
+    output: int | None = None
+    ffn: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    value_initializer_range: float | None = None
+    intermediate_size: int | None = None
+
+
+@dataclass
+class Growth:
+    """How a stage grows the model of the stage before it.
+
+    Args:
+        like: a stage whose size it grows to: the same tokens, or for a Transformer as many parameters.
+        qkv: tokens of each query, key and value layer after growing.
+        output: tokens of each output projection after growing.
+        ffn: tokens of each feed-forward after growing.
+        keys: zero changes no output while the scale is kept; random initialises keys as in a new model.
+        scale: keep leaves tau; sqrt sets it to the root of the number of tokens at once, as the paper does; anneal
+            goes there over the first part of the stage.
+        anneal: that part, as a share of the stage's steps.
+        noise: standard deviation of the noise added to old tokens, as a share of each tensor's root mean square; none
+            if not given. For a Transformer, on the copies of its weights: 0.3 for hypercloning and 0.05 for net2net if
+            not given, because copies that begin equal stay equal.
+        old_tokens: learning rate of everything but the new tokens, as a share of the stage's: 1 trains them alike, 0
+            freezes them.
+        optimizer: fresh moments, or carried: exactly those of the stage before for what was there.
+        method: of a Transformer: net2net and hypercloning keep its function, width does not.
+        hidden_size: of a Transformer after growing; a whole multiple.
+        intermediate_size: of a Transformer's feed-forward after growing.
+    """
+
+    like: str | None = None
+    qkv: int | None = None
+    output: int | None = None
+    ffn: int | None = None
+    keys: Literal["zero", "random"] = "zero"
+    scale: Literal["keep", "sqrt", "anneal"] = "keep"
+    anneal: float = 0.5
+    noise: float | None = None
+    old_tokens: float = 1.0
+    optimizer: Literal["fresh", "carried"] = "fresh"
+    method: Literal["net2net", "hypercloning", "width"] = "hypercloning"
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+
+
+@dataclass
+class Stage:
+    """One stretch of training, with a folder of its own.
+
+    Args:
+        name: of the stage and its folder; each stage of a plan has another.
+        label: in reports; the name if not given.
+        family: tokenformer, or gpt_neox for transformers' Transformer; that of the stage before if there is one.
+        after: the stage whose model this one goes on from. In `stages` that is the one before it; a baseline begins
+            anew unless it says so.
+        train: sizes of a new model, where there is no stage before.
+        grow: how the model grows first. A stage with neither trains on what there is.
+        tokens: training tokens of this stage.
+        flops_of: in place of tokens: train until the FLOPs, stages before included, are those of that stage ...
+        flops_times: ... times this.
+        learning_rate: one, or several: then the first seed tries all and the best goes on, for the other seeds too.
+        schedule: restart begins the plan's schedule anew; continue takes it up where the stage before left it, one
+            schedule over both; constant stays at the peak after the warm-up.
+        data: prepared folder, if not the plan's; made with the same tokenizer.
+        seeds: if not the plan's.
+        optimizer: fields that differ from the plan's `optimizer`.
+        training: fields that differ from the plan's `training`.
+    """
+
+    name: str = ""
+    label: str | None = None
+    family: Family | None = None
+    after: str | None = None
+    train: Start | None = None
+    grow: Growth | None = None
+    tokens: int | None = None
+    flops_of: str | None = None
+    flops_times: float = 1.0
+    learning_rate: float | list[float] = 1e-3
+    schedule: Literal["restart", "continue", "constant"] = "restart"
+    data: str | None = None
+    seeds: list[int] | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Those to try, in order."""
+        return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return self.label or self.name
+
+
+@dataclass
+class Assumed:
+    """What a dry run takes for granted while the data are not there.
+
+    Args:
+        vocab_size: of the tokenizer.
+        sequence_length: tokens in a row.
+    """
+
+    vocab_size: int = 50304
+    sequence_length: int = 1024
+
+
+@dataclass
+class Plan:
+    """The life of a model in stages, and baselines run by the same machinery on the same data.
+
+    Args:
+        out: folder of all stages; runs/ and the name of the plan's file if not given.
+        title: of the report.
+        data: on what is trained.
+        measure: prepared folders by name, on whose held-out parts each stage is measured too.
+        model: sizes of every model that does not say otherwise.
+        optimizer: of every stage; the learning rate is the stage's.
+        training: of every stage; tokens and seed are the stage's.
+        seeds: of initialisation and data order; the first one also tries the learning rates.
+        stages: the life of the model.
+        baselines: what it is compared with: other models, other beginnings, other ways to grow.
+        assumed: for a dry run without data.
+    """
+
+    out: str = ""
+    title: str = ""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    measure: dict[str, str] = field(default_factory=dict)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    stages: list[Stage] = field(default_factory=list)
+    baselines: list[Stage] = field(default_factory=list)
+    assumed: Assumed = field(default_factory=Assumed)
+
+    @property
+    def all_stages(self) -> dict[str, Stage]:
+        """Stages, then baselines, by name."""
+        return {stage.name: stage for stage in (*self.stages, *self.baselines)}
+
+    def before(self, stage: Stage) -> Stage | None:
+        """The stage whose model `stage` goes on from."""
+        if stage.after:
+            return self.all_stages[stage.after]
+        position = next((i for i, other in enumerate(self.stages) if other is stage), 0)
+        return self.stages[position - 1] if position else None
+
+    def chain(self, name: str) -> list[Stage]:
+        """All stages that lead to one, in order, itself last."""
+        chain: list[Stage] = []
+        stage: Stage | None = self.all_stages[name]
+        while stage is not None:
+            if stage in chain:
+                raise UserError(f"stage '{name}' comes after itself: {' after '.join(s.name for s in (*chain, stage))}")
+            chain.append(stage)
+            stage = self.before(stage)
+        return chain[::-1]
+
+    def family(self, name: str) -> Family:
+        """The kind of model that a stage trains."""
+        return self.chain(name)[0].family or "tokenformer"
+
+    def seeds_of(self, stage: Stage) -> list[int]:
+        """The seeds that a stage is run with."""
+        return self.seeds if stage.seeds is None else stage.seeds
+
+    def validate(self) -> None:
+        """Raise `UserError` on what cannot be in any world, naming stage and field."""
+        if not self.stages:
+            raise UserError("stages: a plan has at least one")
+        names = [stage.name for stage in (*self.stages, *self.baselines)]
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+                raise UserError(f"stages: a name is made of letters, digits, '-', '_' and '.', got '{name}'")
+            if names.count(name) > 1:
+                raise UserError(f"stage '{name}': the name stands twice")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds: give each seed once, got {self.seeds}")
+        for stage in (*self.stages, *self.baselines):
+            with naming(stage):
+                self._check(stage)
+
+    def _check(self, stage: Stage) -> None:
+        for field_name in ("after", "flops_of"):
+            other = getattr(stage, field_name)
+            if other is not None and other not in self.all_stages:
+                raise UserError(f"{field_name}: there is no stage '{other}'")
+        before = self.before(stage)
+        self.chain(stage.name)
+        if before is None and stage.train is None:
+            raise UserError("it comes after no stage: give the sizes to begin with under train")
+        if before is not None and stage.train is not None:
+            raise UserError(f"it goes on from '{before.name}': give grow, or neither, in place of train")
+        if before is not None and stage.family not in (None, self.family(stage.name)):
+            raise UserError(f"family: {self.family(stage.name)} before cannot become {stage.family}")
+        if before is None and stage.schedule == "continue":
+            raise UserError("schedule: nothing comes before that could be continued")
+        if (stage.tokens is None) == (stage.flops_of is None):
+            raise UserError("give its budget as tokens or as flops_of")
+        if stage.tokens is not None and stage.tokens < 1:
+            raise UserError(f"tokens must be at least 1, got {stage.tokens}")
+        if not stage.flops_times > 0:
+            raise UserError(f"flops_times must be positive, got {stage.flops_times}")
+        rates = stage.learning_rates
+        if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
+            raise UserError(f"learning_rate: give one or several positive ones, each once, got {rates}")
+        seeds = self.seeds_of(stage)
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise UserError(f"seeds: give each seed once, got {seeds}")
+        if before is not None and not set(seeds) <= set(self.seeds_of(before)):
+            raise UserError(f"seeds: {seeds} are not all among those of '{before.name}', {self.seeds_of(before)}")
+        for section, recipe in (("optimizer", OptimizerRecipe), ("training", TrainingRecipe)):
+            known = {f.name for f in dataclasses.fields(recipe)} - _SET_BY_STAGES
+            for name in getattr(stage, section):
+                if name not in known:
+                    raise UserError(f"{section}.{name}: not a field; use one of {', '.join(sorted(known))}")
+        if stage.grow is not None:
+            if not 0 < stage.grow.anneal <= 1:
+                raise UserError(f"grow.anneal must lie in (0, 1], got {stage.grow.anneal}")
+            for name in ("noise", "old_tokens"):
+                if (getattr(stage.grow, name) or 0) < 0:
+                    raise UserError(f"grow.{name} must not be negative, got {getattr(stage.grow, name)}")
+            if stage.grow.noise and self.family(stage.name) == "gpt_neox" and stage.grow.method == "width":
+                raise UserError("grow.noise: the new weights of 'width' are random already; leave it out")
+            if self.family(stage.name) == "gpt_neox":
+                for name in ("qkv", "output", "ffn"):
+                    if getattr(stage.grow, name) is not None:
+                        raise UserError(f"grow.{name}: a Transformer has no parameter tokens")
+
+    def to_yaml(self) -> str:
+        """The plan as it is written into its folder."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "Plan":
+        """The plan that `to_yaml` wrote."""
+        tree = yaml.safe_load(text)
+        sections = {
+            "data": DataRecipe,
+            "model": ModelRecipe,
+            "optimizer": OptimizerRecipe,
+            "training": TrainingRecipe,
+            "assumed": Assumed,
+        }
+        for name, section in sections.items():
+            tree[name] = section(**tree[name])
+        for name in ("stages", "baselines"):
+            tree[name] = [Stage(**stage) for stage in tree[name]]
+            for stage in tree[name]:
+                stage.train = Start(**stage.train) if stage.train else None
+                stage.grow = Growth(**stage.grow) if stage.grow else None
+        return cls(**tree)
+
+
+# What a stage says itself, outside its `optimizer` and `training`.
+_SET_BY_STAGES = {"learning_rate", "schedule", "schedule_from", "schedule_to", "state", "old_tokens", "anneal_scale"}
+_SET_BY_STAGES |= {"tokens", "seed"}
+
+
+@contextmanager
+def naming(stage: Stage) -> Iterator[None]:
+    """Put the stage's name before what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        known = str(error).startswith("stage '")
+        raise (error if known else UserError(f"stage '{stage.name}': {error}")) from error

@@ -1,0 +1,230 @@
+"""What a plan has come to so far, read from its folder."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenformer.errors import UserError
+from tokenformer.models import TokenFormerConfig
+from tokenformer.plans.jobs import BEGINNING_FILE, FAILURE_FILE, MEASURES_FILE, Job, read_json
+from tokenformer.plans.plan import Plan, Stage
+from tokenformer.plans.resolve import ResolvedStage, noise_of
+from tokenformer.training.callbacks import METRICS_FILE, read_metrics
+from tokenformer.training.run import SUMMARY_FILE
+
+PLAN_FILE, STAGES_FILE, RESULTS_FILE = "plan.yaml", "stages.json", "results.json"
+# What may differ when a plan goes on: it does not touch the numbers, or other folders hold it.
+_FREE = {"data", "training.threads", "training.keep_checkpoints", "training.save_every", "training.seed", "label"}
+
+
+def describe(plan: Plan, resolved: ResolvedStage) -> dict[str, Any]:
+    """A stage as stages.json has it: all that its numbers depend on but seeds and learning rates."""
+    config: Any = resolved.config
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    if isinstance(config, TokenFormerConfig):
+        sizes |= {"segments": config.segments, "value_initializer_range": config.value_initializer_range}
+    else:
+        sizes |= {"intermediate_size": config.intermediate_size}
+    stage = resolved.stage
+    optimizer = dataclasses.asdict(resolved.optimizer)
+    del optimizer["learning_rate"]
+    return {
+        "label": stage.title,
+        "family": resolved.family,
+        "after": resolved.chain[-2] if len(resolved.chain) > 1 else None,
+        "chain": list(resolved.chain),
+        "baseline": stage in plan.baselines,
+        "grow": dataclasses.asdict(stage.grow) | {"noise": noise_of(stage.grow, resolved.family)}
+        if stage.grow
+        else None,
+        "schedule": stage.schedule,
+        "model": {"vocab_size": config.vocab_size, **sizes},
+        "parameters": resolved.parameters,
+        "non_embedding_parameters": resolved.non_embedding_parameters,
+        "tokens": resolved.tokens,
+        "steps": resolved.steps,
+        "sequence_length": resolved.tokens // (resolved.steps * resolved.training.batch_size),
+        "flops_per_token": resolved.flops_per_token,
+        "flops": resolved.flops,
+        "cumulative_tokens": resolved.cumulative_tokens,
+        "cumulative_flops": resolved.cumulative_flops,
+        "data": resolved.data,
+        "held_out_rows": plan.data.held_out_rows,
+        "rows_before": resolved.rows_before,
+        "optimizer": optimizer,
+        "training": dataclasses.asdict(resolved.training),
+    }
+
+
+def difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
+    """The first field in which two descriptions of a stage differ, as a sentence; None if none."""
+    before, now = _flat(theirs), _flat(mine)
+    for name in now | before:
+        if name not in _FREE and before.get(name) != now.get(name):
+            return f"{name} is {before.get(name)} there and {now.get(name)} here"
+    return None
+
+
+def chosen_rate(plan: Plan, stage: Stage, seed: int, out: Path) -> float | None:
+    """The learning rate at which a stage is done with a seed; None while it is not known or that run not done.
+
+    The first seed tries all rates, and that of least held-out loss is taken for every seed.
+
+    Raises:
+        UserError: training collapsed at every rate.
+    """
+    first = plan.seeds_of(stage)[0]
+    rates = stage.learning_rates
+    losses = {rate: _final_loss(Job(stage.name, first, rate).folder(out)) for rate in rates}
+    if any(loss is None for loss in losses.values()):
+        return None
+    best = min(rates, key=lambda rate: losses[rate] or math.inf)
+    if losses[best] == math.inf:
+        raise UserError(f"stage '{stage.name}': training collapsed at every learning rate: give lower ones")
+    run = Job(stage.name, seed, best)
+    return best if run.is_done(out) else None
+
+
+def _final_loss(run: Path) -> float | None:
+    if (run / FAILURE_FILE).is_file():
+        return math.inf
+    return read_json(run / SUMMARY_FILE)["eval_loss"] if (run / MEASURES_FILE).is_file() else None
+
+
+def load_plan(folder: Path) -> Plan:
+    """The plan that a folder was made by.
+
+    Raises:
+        UserError: it holds none.
+    """
+    if not (folder / PLAN_FILE).is_file() or not (folder / STAGES_FILE).is_file():
+        raise UserError(f"{folder} holds no plan: give the folder that `tokenformer run` wrote")
+    plan = Plan.from_yaml((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    return dataclasses.replace(plan, out=str(folder))
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """All figures of a plan, finished or not.
+
+    Args:
+        folder: of the plan.
+
+    Returns:
+        `title`, `plan`, `machine`, `complete`, `missing` (runs still to do), `subject` (names of the plan's stages),
+        and `stages`: for each its sizes, budgets and costs (`describe`), the losses of its learning rates (`sweep`),
+        the one chosen, its `runs`, and means over seeds with sample standard deviations.
+
+    Raises:
+        UserError: the folder holds no plan.
+    """
+    plan = load_plan(folder)
+    record = read_json(folder / STAGES_FILE)
+    missing: list[str] = []
+    stages = {}
+    for name, stage in plan.all_stages.items():
+        stages[name] = _stage(plan, stage, dict(record["stages"][name]), folder, missing)
+    for name in stages:
+        _add_cumulative_seconds(stages, name)
+    return {
+        "title": plan.title or folder.name,
+        "plan": dataclasses.asdict(plan) | {"out": ""},
+        "machine": record["machine"],
+        "complete": not missing,
+        "missing": missing,
+        "subject": [stage.name for stage in plan.stages],
+        "stages": stages,
+    }
+
+
+def _stage(plan: Plan, stage: Stage, found: dict[str, Any], out: Path, missing: list[str]) -> dict[str, Any]:
+    seeds = plan.seeds_of(stage)
+    first = seeds[0]
+    losses = {r: _final_loss(Job(stage.name, first, r).folder(out)) for r in stage.learning_rates}
+    collapsed = all(loss == math.inf for loss in losses.values())
+    rate = None if collapsed else chosen_rate(plan, stage, first, out)
+    wanted = [Job(stage.name, first, r) for r in stage.learning_rates]
+    wanted += [Job(stage.name, seed, rate) for seed in seeds[1:]] if rate is not None else []
+    missing += [str(job.folder(Path())) for job in wanted if not job.is_done(out)]
+    if rate is None:
+        missing += [f"{stage.name}/seed-{seed}" for seed in seeds[1:]]
+    tried = [r for r in stage.learning_rates if losses[r] is not None]
+    done = (_run(job, job.learning_rate == rate, found, out) for job in wanted if job.is_done(out))
+    runs = [run for run in done if run is not None]
+    chosen = [run for run in runs if run["chosen"]]
+    return found | {
+        "sweep": {f"{r:g}": losses[r] if losses[r] != math.inf else None for r in tried} if len(losses) > 1 else {},
+        "learning_rate": rate,
+        "at_edge": rate is not None and len(tried) > 1 and rate in (min(tried), max(tried)),
+        "runs": runs,
+        **{name: _mean([run[name] for run in chosen]) for name in ("eval_loss", "eval_perplexity", "seconds")},
+    }
+
+
+def _run(job: Job, chosen: bool, stage: dict[str, Any], out: Path) -> dict[str, Any] | None:
+    folder = job.folder(out)
+    summary = read_json(folder / SUMMARY_FILE)
+    if (folder / FAILURE_FILE).is_file() or not summary:
+        return None
+    start = read_json(folder.parent / BEGINNING_FILE)
+    end = read_json(folder / MEASURES_FILE)
+    before = stage["cumulative_flops"] - stage["flops"]
+    lines = read_metrics(folder / METRICS_FILE)
+
+    def points(name: str) -> list[dict[str, Any]]:
+        return [
+            {key: line[key] for key in ("tokens", "flops", "seconds")}
+            | {"cumulative_flops": before + line["flops"], "loss": line[name]}
+            for line in lines
+            if name in line
+        ]
+
+    kept = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "tokens_per_second", "mfu")
+    return {
+        "seed": job.seed,
+        "learning_rate": job.learning_rate,
+        "chosen": chosen,
+        **{name: summary[name] for name in kept},
+        "start_loss": start.get("loss"),
+        "measures": {
+            name: {"start": start.get("measures", {}).get(name), "end": loss}
+            for name, loss in end.get("measures", {}).items()
+        },
+        "seconds": summary["seconds"] + sum(skip["lost_seconds"] for skip in summary["skips"]),
+        **{name: summary[name] for name in ("compile_seconds", "threads", "precision", "device")},
+        "skips": summary["skips"],
+        "curve": points("loss"),
+        "held_out": points("eval_loss"),
+    }
+
+
+def _add_cumulative_seconds(stages: dict[str, Any], name: str) -> None:
+    """Seconds of the chosen runs of a chain, seed by seed."""
+    stage = stages[name]
+    for run in stage["runs"]:
+        before = 0.0
+        for other in stage["chain"][:-1]:
+            before += next(
+                (r["seconds"] for r in stages[other]["runs"] if r["chosen"] and r["seed"] == run["seed"]), 0.0
+            )
+        run["cumulative_seconds"] = before + run["seconds"]
+        for point in run["held_out"]:
+            point["cumulative_seconds"] = before + point["seconds"]
+    stage["cumulative_seconds"] = _mean([run["cumulative_seconds"] for run in stage["runs"] if run["chosen"]])
+
+
+def _mean(values: list[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
