@@ -1,8 +1,8 @@
 """What the paper says, in float64 and without the package: the independent side of the comparisons in these tests.
 
 `pattention` is Eq. 4 in plain torch, so that autograd gives float64 gradients; `forward` and `published_logits` are the
-published forward pass in NumPy, for our parameters and for a checkpoint in the published names. None has an epsilon in
-Pattention, as the published GPU code has none.
+published forward pass in NumPy, for our parameters and for a checkpoint in the published names, and `classify` that of
+an image classifier. None has an epsilon in Pattention, as the published GPU code has none.
 """
 
 import math
@@ -91,8 +91,8 @@ def _pattention(x: np.ndarray, tokens: Tokens, normalization: str) -> np.ndarray
     return shares @ value
 
 
-def _layer_norm(x: np.ndarray) -> np.ndarray:
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+def _layer_norm(x: np.ndarray, weight: Any = 1, bias: Any = 0) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * weight + bias
 
 
 def _rotate(x: np.ndarray, positions: np.ndarray, size: int, base: float = 10000.0) -> np.ndarray:
@@ -106,20 +106,25 @@ def _rotate(x: np.ndarray, positions: np.ndarray, size: int, base: float = 10000
     return turned
 
 
-def _decoder(
-    ids: Sequence[int],
-    embedding: np.ndarray,
+Norm = tuple[np.ndarray, np.ndarray]
+
+
+def _blocks(
+    hidden: np.ndarray,
     layers: Sequence[dict[str, Tokens]],
-    norm: tuple[np.ndarray, np.ndarray],
+    final: Norm,
     sizes: Sizes,
-) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Logits (T, V), hidden states (T, D) and attention (H, T, T) of one sequence (Eq. 5-10)."""
-    head_size = embedding.shape[1] // sizes.heads
-    positions = np.arange(len(ids))
-    hidden = embedding[np.asarray(ids)]
+    *,
+    causal: bool,
+    norms: Sequence[dict[str, Norm]] | None = None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Hidden states (T, D), the last after the final norm, and attention (H, T, T) of one sequence (Eq. 6-10)."""
+    head_size = hidden.shape[1] // sizes.heads
+    positions = np.arange(len(hidden))
     states, attentions = [hidden], []
-    for layer in layers:
-        normed = _layer_norm(hidden)
+    for index, layer in enumerate(layers):
+        affine = norms[index] if norms else {}
+        normed = _layer_norm(hidden, *affine.get("attention_norm", ()))
         query, key, value = (
             _pattention(normed, layer[name], sizes.normalization) for name in ("query", "key", "value")
         )
@@ -128,21 +133,74 @@ def _decoder(
             channels = slice(head * head_size, (head + 1) * head_size)
             q, k = (_rotate(x[:, channels], positions, sizes.rotary) for x in (query, key))
             scores = q @ k.T / math.sqrt(head_size)
-            scores[positions[:, None] < positions] = -np.inf
+            if causal:
+                scores[positions[:, None] < positions] = -np.inf
             shares = np.exp(scores - scores.max(-1, keepdims=True))
             maps.append(shares / shares.sum(-1, keepdims=True))
             mixed.append(maps[-1] @ value[:, channels])
         attentions.append(np.stack(maps))
         hidden = hidden + _pattention(np.concatenate(mixed, -1), layer["output"], sizes.normalization)
-        hidden = hidden + _pattention(_layer_norm(hidden), layer["ffn"], sizes.normalization)
+        normed = _layer_norm(hidden, *affine.get("ffn_norm", ()))
+        hidden = hidden + _pattention(normed, layer["ffn"], sizes.normalization)
         states.append(hidden)
-    weight, bias = norm
-    states[-1] = _layer_norm(hidden) * weight + bias
+    states[-1] = _layer_norm(hidden, *final)
+    return states, attentions
+
+
+def _decoder(
+    ids: Sequence[int], embedding: np.ndarray, layers: Sequence[dict[str, Tokens]], norm: Norm, sizes: Sizes
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Logits (T, V), hidden states (T, D) and attention (H, T, T) of one sequence (Eq. 5-10)."""
+    states, attentions = _blocks(embedding[np.asarray(ids)], layers, norm, sizes, causal=True)
     return states[-1] @ embedding.T, states, attentions
 
 
 def forward(model: torch.nn.Module, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """Logits (T, V), hidden states (T, D) and attention (H, T, T) of one sequence, from a model's parameters alone."""
+    config: Any = model.config
+    weights, layers = _parameters(model)
+    head_size = config.hidden_size // config.num_attention_heads
+    sizes = Sizes(config.num_attention_heads, int(head_size * config.rotary_pct), config.normalization)
+    norm = weights["model.norm.weight"], weights["model.norm.bias"]
+    return _decoder(ids, weights["model.embed_tokens.weight"], layers, norm, sizes)
+
+
+def classify(model: torch.nn.Module, image: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Logits (C,), hidden states (T, D) and attention (H, T, T) of one image (channels, H, W), by its parameters."""
+    config: Any = model.config
+    weights, layers = _parameters(model)
+    patch, embeddings = config.patch_size, "model.embeddings"
+    tokens = [
+        np.einsum(
+            "dchw,chw->d",
+            weights[f"{embeddings}.patch_embeddings.weight"],
+            image[:, row : row + patch, column : column + patch],
+        )
+        + weights[f"{embeddings}.patch_embeddings.bias"]
+        for row in range(0, image.shape[1], patch)
+        for column in range(0, image.shape[2], patch)
+    ]
+    if config.pooling == "cls":
+        tokens.insert(0, weights[f"{embeddings}.cls_token"][0, 0])
+    hidden = np.stack(tokens) + weights[f"{embeddings}.position_embeddings"][0]
+    norms = None
+    if config.norm_affine:
+        norms = [
+            {
+                name: (weights[f"model.layers.{i}.{name}.weight"], weights[f"model.layers.{i}.{name}.bias"])
+                for name in ("attention_norm", "ffn_norm")
+            }
+            for i in range(config.num_hidden_layers)
+        ]
+    final = weights["model.norm.weight"], weights["model.norm.bias"]
+    sizes = Sizes(config.num_attention_heads, 0, config.normalization)
+    states, attentions = _blocks(hidden, layers, final, sizes, causal=False, norms=norms)
+    pooled = states[-1][0] if config.pooling == "cls" else states[-1].mean(0)
+    return weights["classifier.weight"] @ pooled + weights["classifier.bias"], states, attentions
+
+
+def _parameters(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], list[dict[str, Tokens]]]:
+    """All tensors of one of our models by name, and the Pattentions of each block with their segments as one."""
     config: Any = model.config
     weights = {name: tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
 
@@ -156,10 +214,7 @@ def forward(model: torch.nn.Module, ids: Sequence[int]) -> tuple[np.ndarray, lis
         {name: tokens(f"model.layers.{i}.{path}") for name, path in paths.items()}
         for i in range(config.num_hidden_layers)
     ]
-    head_size = config.hidden_size // config.num_attention_heads
-    sizes = Sizes(config.num_attention_heads, int(head_size * config.rotary_pct), config.normalization)
-    norm = weights["model.norm.weight"], weights["model.norm.bias"]
-    return _decoder(ids, weights["model.embed_tokens.weight"], layers, norm, sizes)
+    return weights, layers
 
 
 def published_logits(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], ids: Sequence[int]) -> np.ndarray:

@@ -10,7 +10,14 @@ if TYPE_CHECKING:
     from tokenformer import nn, ops
     from tokenformer.errors import UserError
     from tokenformer.growth import grow
-    from tokenformer.models import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
+    from tokenformer.models import (
+        TokenFormerConfig,
+        TokenFormerForCausalLM,
+        TokenFormerForImageClassification,
+        TokenFormerModel,
+        TokenFormerVisionConfig,
+        TokenFormerVisionModel,
+    )
     from tokenformer.nn import replace_linear
     from tokenformer.pattention import ParameterTokens, Pattention
 
@@ -23,7 +30,10 @@ _LAZY = {
     "grow": "tokenformer.growth",
     "TokenFormerConfig": "tokenformer.models",
     "TokenFormerForCausalLM": "tokenformer.models",
+    "TokenFormerForImageClassification": "tokenformer.models",
     "TokenFormerModel": "tokenformer.models",
+    "TokenFormerVisionConfig": "tokenformer.models",
+    "TokenFormerVisionModel": "tokenformer.models",
     "ParameterTokens": "tokenformer.pattention",
     "Pattention": "tokenformer.pattention",
     "replace_linear": "tokenformer.nn",
@@ -34,7 +44,10 @@ __all__ = [
     "Pattention",
     "TokenFormerConfig",
     "TokenFormerForCausalLM",
+    "TokenFormerForImageClassification",
     "TokenFormerModel",
+    "TokenFormerVisionConfig",
+    "TokenFormerVisionModel",
     "UserError",
     "__version__",
     "grow",

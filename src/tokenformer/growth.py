@@ -218,7 +218,7 @@ def grow_folder(
     optimizer: Literal["fresh", "carried"] = "fresh",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Grow the model in a folder and write it to a new one, with its tokenizer.
+    """Grow the model in a folder and write it to a new one, with its tokenizer or image processor.
 
     Args:
         model: folder of the model, such as a training run.
@@ -235,7 +235,7 @@ def grow_folder(
         seed: of the new tokens' random values and of the noise.
 
     Returns:
-        `out`, the `segment`'s name, and the parameters `before` and `after`.
+        `out`, the `model_type`, the `segment`'s name, and the parameters `before` and `after`.
 
     Raises:
         UserError: as `grow`; a model that cannot be loaded; a folder that is not empty; no optimizer state to carry.
@@ -243,22 +243,28 @@ def grow_folder(
     # Not at the top: growing a module of one's own does not need the models.
     from transformers.utils.logging import disable_progress_bar
 
-    from tokenformer.models.loading import copy_tokenizer, load_model, model_folder
+    from tokenformer.models.loading import copy_preprocessing, load_tokenformer, model_folder
 
     source = Path(model)
     disable_progress_bar()
     with new_folder(Path(out)) as partial:
-        whole = load_model(source)
+        whole = load_tokenformer(source)
         moments = optimizer_file(source) if optimizer == "carried" else None
         before = whole.num_parameters()
         torch.manual_seed(seed)
         grow(whole, qkv=qkv, output=output, ffn=ffn, keys=keys, scale=scale, noise=noise, name=name)
         vars(whole.config).pop("auto_map", None)  # of an exported folder: its code does not come along
         whole.save_pretrained(partial)
-        copy_tokenizer(model_folder(model), partial)
+        copy_preprocessing(model_folder(model), partial)
         if moments is not None:
             shutil.copy2(moments, partial / "optimizer.pt")
-    return {"out": out, "segment": whole.config.segments[-1]["name"], "before": before, "after": whole.num_parameters()}
+    return {
+        "out": out,
+        "model_type": whole.config.model_type,
+        "segment": whole.config.segments[-1]["name"],
+        "before": before,
+        "after": whole.num_parameters(),
+    }
 
 
 def optimizer_file(folder: Path) -> Path:

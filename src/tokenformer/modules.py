@@ -16,12 +16,12 @@ from tokenformer.ops.products import linear
 from tokenformer.pattention import BASE, Pattention
 
 if TYPE_CHECKING:
-    from tokenformer.models.configuration_tokenformer import TokenFormerConfig
+    from tokenformer.models.segments import SegmentedConfig
 
 KINDS = ("qkv", "output", "ffn")
 
 
-def build_pattention(config: "TokenFormerConfig", kind: str) -> Pattention:
+def build_pattention(config: "SegmentedConfig", kind: str) -> Pattention:
     """A D -> D Pattention of one kind (`qkv`, `output` or `ffn`) with the segments that `config` lists for it."""
     counts = {segment["name"]: segment[kind] for segment in config.segments if segment[kind] > 0}
     layer = Pattention(
@@ -88,15 +88,21 @@ def eager_attention(
 
 
 class TokenFormerAttention(nn.Module):
-    """Multi-head token-token attention; query, key, value and output are Pattentions (Eq. 6-8)."""
+    """Multi-head token-token attention; query, key, value and output are Pattentions (Eq. 6-8).
 
-    def __init__(self, config: "TokenFormerConfig", layer_idx: int) -> None:
+    Args:
+        config: sizes and segments.
+        layer_idx: of the block.
+        causal: a position sees those before it only, as in a language model.
+    """
+
+    def __init__(self, config: "SegmentedConfig", layer_idx: int, *, causal: bool = True) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5
-        self.is_causal = True
+        self.is_causal = causal
         self.query = build_pattention(config, "qkv")
         self.key = build_pattention(config, "qkv")
         self.value = build_pattention(config, "qkv")
@@ -134,21 +140,51 @@ class OutputEmbedding(nn.Linear):
         return linear(x, self.weight)
 
 
+def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
+    """Leave a residual branch (B, ...) out for a share `rate` of the samples (stochastic depth, Huang et al., 2016).
+
+    What is kept is divided by 1 - rate, so that the mean stays.
+    """
+    # In float32 whatever the branch is: a uniform number in bfloat16 has 256 values.
+    kept = torch.rand(len(branch), *[1] * (branch.dim() - 1), device=branch.device, dtype=torch.float32) >= rate
+    return torch.where(kept, branch / (1 - rate), 0)
+
+
 class TokenFormerBlock(GradientCheckpointingLayer):
     """Pre-norm block: attention, then a feed-forward that is a single Pattention (Eq. 9-10).
 
     The layer norms have neither weight nor bias: nothing in a block but parameter tokens depends on the data.
+
+    Args:
+        config: sizes and segments.
+        layer_idx: of the block.
+        causal: as for `TokenFormerAttention`.
+        norm_affine: layer norms with weight and bias, for the paper's ablation (Table 5).
+        drop_path: probability with which a sample skips a residual branch in training.
     """
 
-    def __init__(self, config: "TokenFormerConfig", layer_idx: int) -> None:
+    def __init__(
+        self,
+        config: "SegmentedConfig",
+        layer_idx: int,
+        *,
+        causal: bool = True,
+        norm_affine: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
-        self.attention = TokenFormerAttention(config, layer_idx)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.attention_norm = nn.LayerNorm(width, eps=eps, elementwise_affine=norm_affine)
+        self.attention = TokenFormerAttention(config, layer_idx, causal=causal)
+        self.ffn_norm = nn.LayerNorm(width, eps=eps, elementwise_affine=norm_affine)
         self.ffn = build_pattention(config, "ffn")
+        self.drop_path = drop_path
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """(B, T, D) to (B, T, D); keyword arguments are those of `TokenFormerAttention.forward`."""
         mixed, _ = self.attention(self.attention_norm(hidden_states), **kwargs)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.ffn(self.ffn_norm(hidden_states))
+        hidden_states = hidden_states + self._dropped(mixed)
+        return hidden_states + self._dropped(self.ffn(self.ffn_norm(hidden_states)))
+
+    def _dropped(self, branch: torch.Tensor) -> torch.Tensor:
+        return drop_path(branch, self.drop_path) if self.training and self.drop_path > 0 else branch

@@ -158,8 +158,8 @@ def test_paper_rows_stand_beside_its_tasks(capsys, folder, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "give either --tasks NAMES or --perplexity FILES"),
-        (["--perplexity", "TEXT", "--tasks", "piqa"], "both --tasks and --perplexity"),
+        ([], "there is nothing to evaluate: give one of --tasks NAMES, --perplexity FILES, --images SOURCE"),
+        (["--perplexity", "TEXT", "--tasks", "piqa"], "--tasks and --perplexity were given"),
         (["--perplexity", "TEXT", "--stride", "0"], "stride must be at least 1, got 0"),
         (["--perplexity", "TEXT", "--stride", "-1"], "stride must be at least 1, got -1"),
         (["--perplexity", "TEXT", "--stride", "65"], "stride 65 is longer than the context of 64"),
@@ -170,7 +170,7 @@ def test_paper_rows_stand_beside_its_tasks(capsys, folder, tmp_path):
         (["--perplexity", "TEXT", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["--perplexity", "TEXT", "--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["--perplexity", "TEXT", "--threads", "0"], "threads must be at least 1"),
-        (["--perplexity", "TEXT", "--limit", "3"], "--limit belongs to --tasks, not to --perplexity"),
+        (["--perplexity", "TEXT", "--limit", "3"], "--limit belongs to --tasks and --images, not to --perplexity"),
         (["--perplexity", "TEXT", "--num-fewshot", "3"], "--num-fewshot belongs to --tasks"),
         (["--perplexity", "absent.txt"], "file not found: 'absent.txt'"),
         (["--perplexity", "absent/data"], "no file here"),

@@ -14,6 +14,8 @@ PACKAGE = Path(tokenformer.__file__).parent
 # What whoever can load a model with transformers and torch has installed.
 AVAILABLE = {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy", "packaging"}
 
+KINDS = {"tokenformer": "AutoModelForCausalLM", "tokenformer_vision": "AutoModelForImageClassification"}
+
 SOURCE = '''\
 """About tokenformer: `from tokenformer.ops import pattention` is only text here."""
 from __future__ import annotations
@@ -69,8 +71,9 @@ def test_what_transformers_would_not_find_is_refused(source: str) -> None:
         make_relative(source)
 
 
-def test_files_are_the_sources_with_relative_imports() -> None:
-    files = remote_code()
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_the_sources_with_relative_imports(kind: str) -> None:
+    files = remote_code(kind)
     sources = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -87,8 +90,9 @@ def test_files_are_the_sources_with_relative_imports() -> None:
                 assert mine.partition(" import ")[2] == theirs.partition(" import ")[2]
 
 
-def test_all_that_is_imported_is_there() -> None:
-    files = remote_code()
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_is_imported_is_there(kind: str) -> None:
+    files = remote_code(kind)
     for text in files.values():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -100,21 +104,23 @@ def test_all_that_is_imported_is_there() -> None:
                 assert roots <= AVAILABLE | sys.stdlib_module_names
 
 
-def test_transformers_finds_every_file_from_those_of_the_auto_map(tmp_path: Path) -> None:
-    for name, text in remote_code().items():
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_finds_every_file_from_those_of_the_auto_map(kind: str, tmp_path: Path) -> None:
+    for name, text in remote_code(kind).items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     found = set()
-    for reference in auto_map().values():
+    for reference in auto_map(kind).values():
         file = tmp_path / f"{reference.partition('.')[0]}.py"
         check_imports(file)
         found |= {file.name, *(Path(needed).name for needed in get_relative_import_files(file))}
-    assert found == set(remote_code())
+    assert found == set(remote_code(kind))
 
 
-def test_the_auto_map_names_classes_that_exist() -> None:
-    files = remote_code()
-    assert list(auto_map()) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"], "vLLM reads them in this order"
-    for reference in auto_map().values():
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_auto_map_names_classes_that_exist(kind: str) -> None:
+    files = remote_code(kind)
+    assert list(auto_map(kind)) == ["AutoConfig", "AutoModel", KINDS[kind]], "vLLM reads them in this order"
+    for reference in auto_map(kind).values():
         module, _, name = reference.partition(".")
         classes = [node.name for node in ast.parse(files[f"{module}.py"]).body if isinstance(node, ast.ClassDef)]
         assert name in classes

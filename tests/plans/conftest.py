@@ -1,4 +1,4 @@
-"""Prepared text, and a plan of two stages and two baselines that runs in seconds."""
+"""Prepared text, and plans of two stages and two baselines, for language and for images, that run in seconds."""
 
 import json
 import random
@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from tokenformer.data import prepare
-from tokenformer.plans.plan import Growth, Plan, Stage, Start
+from tokenformer.plans.plan import Growth, ImagePlan, Plan, Stage, Start
+from tokenformer.training.image_recipe import (
+    AugmentationRecipe,
+    ImageDataRecipe,
+    ImageModelRecipe,
+    ImageOptimizerRecipe,
+    ImageTrainingRecipe,
+)
 from tokenformer.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, TrainingRecipe
 
 STEP = 4 * 32  # tokens
@@ -68,3 +75,34 @@ def make_plan(words: Path, tmp_path: Path) -> Callable[..., Plan]:
         return Plan(**(plan | fields))
 
     return make
+
+
+def image_plan(out: Path, **fields: Any) -> ImagePlan:
+    """A plan for handwritten digits; keyword arguments replace its fields."""
+    plan: dict[str, Any] = {
+        "out": str(out),
+        "data": ImageDataRecipe(train="digits", held_out_images=60, mean=[0.3] * 3, std=[0.35] * 3),
+        "model": ImageModelRecipe(
+            image_size=8, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+        ),
+        "augmentation": AugmentationRecipe(crop="pad", flip=0.0, randaugment_ops=0, mixup=0.0, cutmix=0.0),
+        "optimizer": ImageOptimizerRecipe(warmup=0.1),
+        "training": ImageTrainingRecipe(
+            batch_size=16, save_every=2, log_every=1, eval_every=3, precision="fp32", compile="off", threads=1
+        ),
+        "stages": [
+            Stage(name="base", train=Start(qkv=16, output=16, ffn=48), images=96, learning_rate=[1e-3, 3e-3]),
+            Stage(name="grown", grow=Growth(qkv=24, output=24, ffn=64), images=64, learning_rate=2e-3),
+        ],
+        "baselines": [
+            Stage(name="vit", family="vit", train=Start(like="grown"), flops_of="grown"),
+            Stage(name="scratch", train=Start(like="grown"), flops_of="grown", flops_times=0.5),
+        ],
+    }
+    return ImagePlan(**(plan | fields))
+
+
+@pytest.fixture
+def make_image_plan(tmp_path: Path) -> Callable[..., ImagePlan]:
+    """`image_plan` in tmp_path/plan."""
+    return lambda **fields: image_plan(tmp_path / "plan", **fields)

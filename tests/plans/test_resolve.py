@@ -1,14 +1,16 @@
 """What a plan comes to, against sums by hand; and every plan that cannot be carried out."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tokenformer.errors import UserError
-from tokenformer.plans import Plan, Stage, resolve
+from tokenformer.plans import Plan, Stage, resolve, resolve_with_data
 from tokenformer.plans.plan import Growth, Start
+from tokenformer.plans.results import describe, difference
 from tokenformer.training.recipe import ModelRecipe, OptimizerRecipe
 
 MakePlan = Callable[..., Plan]
@@ -32,9 +34,9 @@ def flops(matrices: int, width: int = 32, layers: int = 2, context: int = 32) ->
 
 def test_sizes_and_costs_by_hand(make_plan: MakePlan) -> None:
     base, grown = (solve(make_plan())[name] for name in ("base", "grown"))
-    assert base.non_embedding_parameters == tokenformer_parameters(16, 16, 48)
-    assert grown.non_embedding_parameters == tokenformer_parameters(24, 24, 64)
-    assert grown.parameters == tokenformer_parameters(24, 24, 64) + VOCABULARY * 32
+    assert base.counts.non_embedding_parameters == tokenformer_parameters(16, 16, 48)
+    assert grown.counts.non_embedding_parameters == tokenformer_parameters(24, 24, 64)
+    assert grown.counts.parameters == tokenformer_parameters(24, 24, 64) + VOCABULARY * 32
     assert (base.steps, base.tokens) == (6, 6 * STEP)
     base_cost = 6 * STEP * flops(tokenformer_parameters(16, 16, 48) - 64)
     grown_cost = 4 * STEP * flops(tokenformer_parameters(24, 24, 64) - 64)
@@ -49,7 +51,7 @@ def test_a_budget_of_flops_is_met_to_half_a_step(make_plan: MakePlan) -> None:
     for name, times in (("scratch", 1), ("transformer", 2)):
         stage = resolved[name]
         wanted = times * resolved["grown"].cumulative_flops
-        assert abs(stage.cumulative_flops - wanted) <= 0.51 * STEP * stage.flops_per_token
+        assert abs(stage.cumulative_flops - wanted) <= 0.51 * STEP * stage.flops / stage.tokens
 
 
 def test_a_budget_of_flops_counts_the_stages_before(make_plan: MakePlan) -> None:
@@ -73,8 +75,8 @@ def test_the_transformer_has_as_many_parameters(make_plan: MakePlan) -> None:
     config = resolved["transformer"].config
     width, ffn = config.hidden_size, config.intermediate_size
     by_hand = 2 * (4 * width * width + 4 * width + 2 * width * ffn + width + ffn + 4 * width) + 2 * width
-    assert resolved["transformer"].non_embedding_parameters == by_hand
-    assert by_hand == pytest.approx(resolved["grown"].non_embedding_parameters, rel=0.02)
+    assert resolved["transformer"].counts.non_embedding_parameters == by_hand
+    assert by_hand == pytest.approx(resolved["grown"].counts.non_embedding_parameters, rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["net2net", "hypercloning", "width"])
@@ -90,8 +92,8 @@ def test_a_transformer_grows_to_the_size_of_a_tokenformer(make_plan: MakePlan, m
     assert after.hidden_size % before.hidden_size == 0
     assert after.hidden_size // after.num_attention_heads == before.hidden_size // before.num_attention_heads
     assert after.intermediate_size >= before.intermediate_size
-    assert resolved["wide"].non_embedding_parameters == pytest.approx(
-        resolved["large"].non_embedding_parameters, rel=0.02
+    assert resolved["wide"].counts.non_embedding_parameters == pytest.approx(
+        resolved["large"].counts.non_embedding_parameters, rel=0.02
     )
 
 
@@ -271,8 +273,8 @@ def test_presets_are_the_papers(make_plan: MakePlan) -> None:
         baselines=[],
     )
     resolved = resolve(plan, vocab_size=50304, sequence_length=1024)
-    assert resolved["base"].non_embedding_parameters == tokenformer_parameters(576, 576, 2304, 768, 12)
-    assert resolved["grown"].non_embedding_parameters == tokenformer_parameters(2140, 2140, 8560, 768, 12)
+    assert resolved["base"].counts.non_embedding_parameters == tokenformer_parameters(576, 576, 2304, 768, 12)
+    assert resolved["grown"].counts.non_embedding_parameters == tokenformer_parameters(2140, 2140, 8560, 768, 12)
     with pytest.raises(UserError, match="packed to 2048 tokens, the model takes 1024"):
         resolve(plan, vocab_size=50304, sequence_length=2048)
 
@@ -280,3 +282,51 @@ def test_presets_are_the_papers(make_plan: MakePlan) -> None:
 def test_yaml_there_and_back(make_plan: MakePlan) -> None:
     plan = make_plan(seeds=[3, 4])
     assert Plan.from_yaml(plan.to_yaml()) == plan
+
+
+# What version 0.1.0 wrote into stages.json, before there were plans for images.
+WRITTEN = """
+{"label": "grown", "family": "tokenformer", "after": "base", "chain": ["base", "grown"], "baseline": false,
+ "grow": {"like": null, "qkv": 24, "output": 24, "ffn": 64, "keys": "zero", "scale": "keep", "anneal": 0.5,
+          "noise": 0.0, "old_tokens": 1.0, "optimizer": "fresh", "method": "hypercloning", "hidden_size": null,
+          "intermediate_size": null},
+ "schedule": "restart",
+ "model": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+           "segments": [{"name": "base", "qkv": 16, "output": 16, "ffn": 48},
+                        {"name": "grown1", "qkv": 8, "output": 8, "ffn": 16}],
+           "value_initializer_range": null},
+ "parameters": 30784, "non_embedding_parameters": 20544, "tokens": 512, "steps": 4, "sequence_length": 32,
+ "flops_per_token": 208896, "flops": 106954752, "cumulative_tokens": 1280, "cumulative_flops": 239075328,
+ "data": "data/words", "held_out_rows": 8, "rows_before": 24,
+ "optimizer": {"schedule": "cosine", "warmup": 0.1, "min_ratio": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+               "max_grad_norm": 1.0, "state": "fresh", "old_tokens": 1.0, "anneal_scale": 0.0, "schedule_from": 0.0,
+               "schedule_to": 1.0},
+ "training": {"tokens": 512, "batch_size": 4, "micro_batch_size": null, "precision": "fp32", "compile": "off",
+              "gradient_checkpointing": false, "eval_every": 3, "save_every": 2, "log_every": 1, "keep_checkpoints": 2,
+              "seed": 0, "threads": 1, "on_collapse": "stop", "collapse_rise": 0.0}}
+"""
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(make_plan: MakePlan) -> None:
+    plan = make_plan()
+    now = describe(plan, solve(plan)["grown"])
+    assert difference(json.loads(WRITTEN), now) is None
+    assert difference(json.loads(WRITTEN.replace('"tokens": 512', '"tokens": 640')), now) is not None
+
+
+def test_images_are_no_budget_for_language(make_plan: MakePlan) -> None:
+    bad = stage(tokens=None, images=8, after="base")
+    with pytest.raises(UserError, match=r"stage 'new': images: the budgets of this plan are tokens"):
+        solve(make_plan(baselines=[bad]))
+    with pytest.raises(
+        UserError, match=r"stage 'new': family: vit is not of this kind of plan; use tokenformer or gpt"
+    ):
+        solve(make_plan(baselines=[stage(family="vit", train=Start(qkv=4))]))
+    with pytest.raises(UserError, match=r"model.path: a plan begins with new models; leave out runs/other"):
+        solve(make_plan(model=ModelRecipe(path="runs/other")))
+
+
+def test_settings_that_no_run_can_have_are_named_with_their_stage(make_plan: MakePlan) -> None:
+    late = stage(after="grown", optimizer={"warmup": 2.0})
+    with pytest.raises(UserError, match=r"stage 'new': optimizer.warmup must lie between 0 and 1, got 2.0"):
+        resolve_with_data(make_plan(baselines=[late]))

@@ -22,9 +22,9 @@ from tokenformer.plans import Plan, Stage, collect, run_plan
 from tokenformer.plans import runner as runner_module
 from tokenformer.plans.plan import Growth, Start
 from tokenformer.training import Recipe, train
-from tokenformer.training import run as training_run
 from tokenformer.training.collapse import Collapse
 from tokenformer.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, TrainingRecipe
+from tokenformer.training.trainer import LanguageTrainer
 
 MakePlan = Callable[..., Plan]
 STEP = 4 * 32
@@ -273,7 +273,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(
 ) -> None:
     """A plan whose process ends in the middle of the fifth step of some run, again and again."""
     plan = dataclasses.replace(finished[0], out=make_plan().out)
-    original = training_run.LanguageTrainer.training_step
+    original = LanguageTrainer.training_step
     seen = 0
 
     def step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -284,7 +284,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(
             raise SystemExit("killed")
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(training_run.LanguageTrainer, "training_step", step)
+    monkeypatch.setattr(LanguageTrainer, "training_step", step)
     for _ in range(100):
         try:
             quiet(plan)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedConfig
 
 from tokenformer.errors import UserError
 from tokenformer.models.checkpoints import one_line
@@ -23,24 +23,40 @@ def load_transformer(path: str | Path, *, dtype: torch.dtype | None = None) -> G
         UserError: no such folder; no configuration, or that of another kind of model; weights that are missing,
             damaged, or do not fit the configuration.
     """
+    found: GPTNeoXForCausalLM = load_architecture(GPTNeoXForCausalLM, path, dtype, kind="a GPT-NeoX or Pythia model")
+    return found
+
+
+def load_architecture(architecture: Any, path: str | Path, dtype: torch.dtype | None, *, kind: str) -> Any:
+    """A model whose weights are those that its configuration asks for and no others, in evaluation mode.
+
+    Args:
+        architecture: a model class of transformers.
+        path: folder, or name of a model on the Hub.
+        dtype: of the weights; as saved if not given.
+        kind: what the folder is to hold, for messages.
+
+    Raises:
+        UserError: as `load_transformer`.
+    """
     folder = model_folder(path)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no {CONFIG}: give the folder of a GPT-NeoX or Pythia model")
+        raise UserError(f"{folder} holds no {CONFIG}: give the folder of {kind}")
+    wanted = architecture.config_class
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # a model type transformers does not know, a value of the wrong type, no JSON
             raise UserError(f"{folder}/{CONFIG} cannot be read: {one_line(error)}") from error
-        if not isinstance(config, GPTNeoXConfig):
-            raise UserError(f"{folder} is a '{config.model_type}', not a 'gpt_neox': give a GPT-NeoX or Pythia model")
-        model, surplus = load_weights(GPTNeoXForCausalLM, folder, config, dtype)
+        if not isinstance(config, wanted):
+            raise UserError(f"{folder} is a '{config.model_type}', not a '{wanted.model_type}': give {kind}")
+        model, surplus = load_weights(architecture, folder, config, dtype)
     if surplus:
         raise UserError(
             f"{folder}: the weights hold {_some(surplus)}, which {CONFIG} does not list: "
             f"restore the {CONFIG} and the weights that were saved together"
         )
-    found: GPTNeoXForCausalLM = model.eval()
-    return found
+    return model.eval()
 
 
 def load_weights(

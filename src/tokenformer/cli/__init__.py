@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("tokenformer.cli.chat", "talk to a served model in the terminal"),
     "export-hub": ("tokenformer.cli.export_hub", "write a folder for the Hub that loads without this package"),
     "export-onnx": ("tokenformer.cli.export_onnx", "write an ONNX graph with a cache, checked against torch"),
-    "eval": ("tokenformer.cli.eval", "perplexity of a model on text, or the tasks of lm-eval"),
+    "eval": ("tokenformer.cli.eval", "perplexity on text, the tasks of lm-eval, accuracy on images"),
     "info": ("tokenformer.cli.info", "segments, parameters, FLOPs and bytes of a model"),
     "bench": ("tokenformer.cli.bench", "measure the speed of the operator against its peers"),
 }

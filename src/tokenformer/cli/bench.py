@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenformer.cli.parser import Parser, add_signature
 from tokenformer.errors import UserError
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "pattention": "one Pattention against the published order of operations, a GELU MLP and the bare products",
     "forward": "prefill of a TokenFormer against transformers' GPTNeoX of equal size",
     "decode": "generation by a TokenFormer against GPTNeoX of equal size, and against the memory's bandwidth",
+    "images": "reading and cropping images by number of workers, against the training step of a classifier",
     "long-context": "training steps over sequence length: a grown TokenFormer against a wider GPTNeoX",
 }
 
@@ -28,6 +29,8 @@ EXAMPLE = """\
   tokenformer bench forward --threads 2 --json benchmarks/results/
   tokenformer bench decode --quick
   tokenformer bench decode --threads 2 --json benchmarks/results/
+  tokenformer bench images --quick
+  tokenformer bench images --train cifar10/train.parquet --crop pad --model runs/cifar10
   tokenformer bench long-context --quick
   tokenformer bench long-context --threads 2 --json benchmarks/results/ --picture long-context.png
 """
@@ -73,6 +76,7 @@ def main(argv: list[str]) -> None:
         "pattention": pattention,
         "forward": forward,
         "decode": decode,
+        "images": images,
         "long-context": long_context,
     }
     function = functions[name]
@@ -183,6 +187,75 @@ def decode(
         measure, config, prompt=prompt, tokens=tokens, dtypes=_names(dtypes), threads=threads, repeats=repeats
     )
     _run(run, json, command, _print_models)
+
+
+def images(
+    *,
+    train: str = "digits",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    crop: Literal["resized", "pad", "none"] = "resized",
+    image_size: int | None = None,
+    workers: str = "0,1,2",
+    images: int = 8192,
+    batch: int = 128,
+    passes: int = 3,
+    model: str | None = None,
+    preset: str | None = None,
+    threads: int | None = None,
+    repeats: int = 5,
+    quick: bool = False,
+    json: str | None = None,
+    command: str | None = None,
+) -> None:
+    """Measure how fast images are read, and a model learns from them.
+
+    Args:
+        train: digits, a folder of class folders, Parquet files or a dataset of the Hub.
+        image_column: of Parquet files and the Hub; found if not given.
+        label_column: likewise.
+        crop: of a training image.
+        image_size: pixels along each side of a crop; the model's, or the larger side of the first image if not given.
+        workers: numbers of worker processes, separated by commas; 0 reads in the process that trains.
+        images: to read in each pass, at most; at random from all.
+        batch: images of a batch.
+        passes: over these images; from the second on, small sets are in memory.
+        model: folder of an image classifier whose training step is timed beside it.
+        preset: size of the paper (base-matched, base, large-matched, large) in place of model.
+        threads: of torch in the training step; one per physical core if not given.
+        repeats: rounds of the training step.
+        quick: at most 256 images, 0 and 1 workers and 2 passes, to see that it runs.
+        json: file for the record, a folder to give it its usual name there, or - for standard output.
+        command: written into the record.
+    """
+    from tokenformer.benchmarks.images import measure, report
+
+    if not all(word.strip().isdecimal() for word in workers.split(",")):
+        raise UserError(f"--workers must be whole numbers separated by commas, got '{workers}'")
+    counts = tuple(int(word) for word in workers.split(","))
+    if quick:
+        counts, images, batch, passes, repeats = (0, 1), min(images, 256), min(batch, 64), 2, min(repeats, 3)
+    run = partial(
+        measure,
+        train,
+        image_column=image_column,
+        label_column=label_column,
+        crop=crop,
+        image_size=image_size,
+        workers=counts,
+        images=images,
+        batch=batch,
+        passes=passes,
+        model=model,
+        preset=preset,
+        threads=threads,
+        repeats=repeats,
+    )
+
+    def show(record: dict[str, Any], console: "Console") -> None:
+        console.print(f"{report(record)}\n\n{_machine(record)}", soft_wrap=True, markup=False)
+
+    _run(run, json, command, show)
 
 
 def long_context(

@@ -9,7 +9,11 @@ from tokenformer.cli.parser import Parser, call
 EXAMPLE = """\
   tokenformer info runs/small
   tokenformer info runs/small --json --sequence-length 4096
+  tokenformer info runs/cifar10
 """
+
+# Names of classes that fit a line.
+_CLASSES_SHOWN = 5
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +28,7 @@ def info(model: str, *, json: bool = False, sequence_length: int | None = None) 
     Args:
         model: folder with config.json and weights, or a name on the Hub.
         json: print JSON for machines.
-        sequence_length: for FLOPs and cache bytes; the longest the model was made for if not given.
+        sequence_length: for FLOPs and cache bytes of a language model; the longest it was made for if not given.
     """
     from tokenformer.inspection import inspect_model
 
@@ -63,22 +67,26 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    parameters, rotary, weights, length = (
-        report["parameters"],
-        report["rotary"],
-        report["weights"],
-        report["sequence_length"],
-    )
-    flops, decode, entries = report["flops_per_token"], report["decode_bytes_per_token"], report["tokenizer"]
+    parameters, weights, heads = report["parameters"], report["weights"], report["num_attention_heads"]
+    special = _of_image_classifier if report["model_type"] == "tokenformer_vision" else _of_language_model
     return [
         ("parameters", f"{parameters['total']:,}"),
         ("  in parameter tokens", f"{parameters['parameter_tokens']:,}"),
         ("  in the embedding", f"{parameters['embedding']:,}"),
         ("layers", f"{report['num_hidden_layers']} of {report['hidden_size']} channels"),
-        ("heads", f"{report['num_attention_heads']} of {rotary['head_size']} channels"),
-        ("rotary", f"{rotary['channels_per_head']} channels of each head, base {rotary['theta']:g}"),
+        ("heads", f"{heads} of {report['hidden_size'] // heads} channels"),
         ("normalization", f"{report['normalization']}, {report['activation']}"),
         *((f"scale of {kind}", _scale(figures)) for kind, figures in report["scale"].items()),
+        *special(report),
+        ("weights", f"{weights['dtype']}, {_si(weights['bytes'])}B in {', '.join(weights['files'])}"),
+    ]
+
+
+def _of_language_model(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rotary, length, entries = report["rotary"], report["sequence_length"], report["tokenizer"]
+    flops, decode = report["flops_per_token"], report["decode_bytes_per_token"]
+    return [
+        ("rotary", f"{rotary['channels_per_head']} channels of each head, base {rotary['theta']:g}"),
         ("longest sequence", f"{report['max_position_embeddings']:,} tokens"),
         (
             "vocabulary",
@@ -86,7 +94,21 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("training FLOPs", f"{_si(flops['training'])} per token at length {length:,}"),
         ("decoding reads", f"{_si(decode['empty_cache'])}B per token, {_si(decode['full_cache'])}B after {length:,}"),
-        ("weights", f"{weights['dtype']}, {_si(weights['bytes'])}B in {', '.join(weights['files'])}"),
+    ]
+
+
+def _of_image_classifier(report: dict[str, Any]) -> list[tuple[str, str]]:
+    size, patch, classes = report["image_size"], report["patch_size"], report["classes"]
+    pooling = "the class token" if report["pooling"] == "cls" else "the mean of patches"
+    processor = "with its processor" if report["image_processor"] else "no image processor here"
+    shown = ", ".join(classes[:_CLASSES_SHOWN]) + (", ..." if len(classes) > _CLASSES_SHOWN else "")
+    return [
+        ("layer norms", "with weight and bias" if report["norm_affine"] else "without weight and bias in blocks"),
+        ("drop path", f"{report['drop_path_rate']:g} in the last block"),
+        ("images", f"{size} x {size} pixels of {report['num_channels']} channels, {processor}"),
+        ("tokens", f"{report['tokens_per_image']:,} of an image, patches of {patch} x {patch}, {pooling} classifies"),
+        ("classes", f"{len(classes):,}: {shown}" if classes else "none: the model gives features"),
+        ("training FLOPs", f"{_si(report['flops_per_image']['training'])} per image"),
     ]
 
 

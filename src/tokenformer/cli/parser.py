@@ -4,9 +4,11 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import jsonargparse
+import yaml
 from docstring_parser import parse
 
 from tokenformer.errors import UserError
@@ -67,6 +69,20 @@ class Parser(jsonargparse.ArgumentParser):
         )
         shown = f"--{near[0]}" if name.startswith("-") and near else (near[0] if near else "")
         return f"unknown option '{name}'" + (f": did you mean '{shown}'?" if near else ": see --help")
+
+
+def task_of(argv: list[str]) -> str | None:
+    """The task that a command line asks for: that of --task, or of the YAML file that comes first; None if none."""
+    for place, word in enumerate(argv):
+        if word == "--task":
+            return "".join(argv[place + 1 : place + 2])
+        if word.startswith("--task="):
+            return word.partition("=")[2]
+    try:
+        tree = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) if argv and Path(argv[0]).is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError):  # parsing it says what is wrong with it
+        return None
+    return tree.get("task") if isinstance(tree, dict) else None
 
 
 def call(

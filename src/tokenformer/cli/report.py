@@ -10,12 +10,13 @@ from tokenformer.errors import UserError
 EXAMPLE = """\
   tokenformer report runs/books-small
   tokenformer report runs/books-small --markdown tables.md
+  tokenformer report runs/digits-growth
 """
 
 
 def main(argv: list[str]) -> None:
     """Run `tokenformer report`."""
-    summary = "Report a plan: perplexity over cumulative cost and over that of each stage, against every baseline."
+    summary = "Report a plan: perplexity or error over cumulative cost and that of each stage, against every baseline."
     call(report, Parser("report", summary, EXAMPLE), argv)
 
 

@@ -4,24 +4,26 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenformer.cli.parser import Parser
+from tokenformer.cli.parser import Parser, task_of
 from tokenformer.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenformer.plans.plan import Plan
+    from tokenformer.plans.plan import AnyPlan
 
 _USAGE = "tokenformer run PLAN.yaml [--dry-run] [--field value ...]"
 _EXAMPLE = """\
   tokenformer run recipes/growth/books-small.yaml --data.path data/books --dry-run
   tokenformer run recipes/growth/books-small.yaml --data.path data/books --jobs 2
   tokenformer run recipes/growth/books-small.yaml --data.path data/books --jobs 2  # again: goes on
-  tokenformer report runs/books-small"""
+  tokenformer report runs/books-small
+  tokenformer run recipes/vision/digits-growth.yaml"""
 
 
-def parse(argv: list[str]) -> tuple["Plan", dict[str, Any]]:
+def parse(argv: list[str]) -> tuple["AnyPlan", dict[str, Any]]:
     """The plan that a command line describes, and the options that are not part of it."""
-    from tokenformer.plans.plan import Plan
+    from tokenformer.plans.plan import ImagePlan, Plan
 
+    kind: Any = Plan if task_of(argv) is None else ImagePlan
     summary = "Carry out a plan: train, grow, train on, and run its baselines. The same command goes on."
     parser = Parser("run", summary, _EXAMPLE, usage=_USAGE)
     parser.add_argument("plan", nargs="?", help="YAML file with the fields below")
@@ -31,7 +33,7 @@ def parse(argv: list[str]) -> tuple["Plan", dict[str, Any]]:
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that the dry run assumes")
     parser.add_argument("--rate", type=float | None, default=None, help="FLOP/s, in place of a peak and a share of it")
     parser.add_argument("--json", type=str | None, default=None, help="file to write the dry run's figures to")
-    parser.add_class_arguments(Plan)
+    parser.add_class_arguments(kind)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     if not argv or argv[0].startswith("-"):
@@ -49,7 +51,7 @@ def parse(argv: list[str]) -> tuple["Plan", dict[str, Any]]:
     if values.pop("plan") is not None:
         raise UserError("give one plan, and everything else as --field value")
     options = {name: values.pop(name) for name in ("dry_run", "jobs", "gpu", "mfu", "rate", "json")}
-    plan = Plan(**values)
+    plan: AnyPlan = kind(**values)
     plan.out = plan.out or f"runs/{path.stem}"
     plan.title = plan.title or path.stem
     return plan, options
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> None:
     print(f"report: {files[0]}")
 
 
-def _dry_run(plan: "Plan", options: dict[str, Any]) -> None:
+def _dry_run(plan: "AnyPlan", options: dict[str, Any]) -> None:
     from tokenformer.folders import write_atomically
     from tokenformer.plans.dry_run import dry_run, print_dry_run
 

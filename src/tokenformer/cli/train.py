@@ -1,28 +1,45 @@
 """`tokenformer train RECIPE.yaml [--any.field value]`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tokenformer.cli.parser import Parser
+from tokenformer.cli.parser import Parser, task_of
 from tokenformer.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenformer.training.image_recipe import ImageRecipe
     from tokenformer.training.recipe import Recipe
 
 _USAGE = "tokenformer train [RECIPE.yaml] [--field value ...]"
 _EXAMPLE = """\
   tokenformer train recipes/language/small.yaml --data.path data/books --out runs/small
-  tokenformer train recipes/language/small.yaml --data.path data/books --out runs/small  # again: resumes"""
+  tokenformer train recipes/language/small.yaml --data.path data/books --out runs/small  # again: resumes
+  tokenformer train recipes/vision/digits.yaml
+  tokenformer train recipes/vision/imagenet-b16.yaml --dry-run"""
 
 
-def parse(argv: list[str]) -> "Recipe":
+def parse(argv: list[str]) -> "Recipe | ImageRecipe":
     """The recipe that a command line describes: the YAML file, then the overrides."""
+    return _parse(argv)[0]
+
+
+def _parse(argv: list[str]) -> tuple["Recipe | ImageRecipe", dict[str, Any]]:
+    """The recipe, and the options that are not part of it."""
+    from tokenformer.training.image_recipe import ImageRecipe
     from tokenformer.training.recipe import Recipe
 
+    kind: Any = Recipe if task_of(argv) is None else ImageRecipe
     summary = "Train a model from a recipe. The same command resumes a run that was stopped."
     parser = Parser("train", summary, _EXAMPLE, usage=_USAGE)
     parser.add_argument("recipe", nargs="?", help="YAML file with any of the fields below")
-    parser.add_class_arguments(Recipe)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show steps, learning rates, FLOPs, memory and hours of an image classifier, and do nothing",
+    )
+    parser.add_argument("--gpu", type=str, default="a100", help="of the dry run's hours; cpu measures this machine")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that the dry run assumes")
+    parser.add_class_arguments(kind)
     defaults = []
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
@@ -35,19 +52,37 @@ def parse(argv: list[str]) -> "Recipe":
         raise UserError(f"recipe {defaults[0]} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except UserError as error:
         raise UserError(f"recipe {defaults[0]}: {error}") from error
-    values = parser.instantiate(parser.parse_args(argv, namespace=from_file))
+    values = vars(parser.instantiate(parser.parse_args(argv, namespace=from_file)))
     if values.pop("recipe") is not None:
         raise UserError("give one recipe file, and everything else as --field value")
-    return Recipe(**vars(values))
+    options = {name: values.pop(name) for name in ("dry_run", "gpu", "mfu")}
+    recipe: Recipe | ImageRecipe = kind(**values)
+    return recipe, options
 
 
 def main(argv: list[str]) -> None:
     """Train, and say where the model is and what can be done with it."""
-    recipe = parse(argv)
-    from tokenformer.training import train
+    recipe, options = _parse(argv)
+    from tokenformer.training import ImageRecipe, train
+
+    if options.pop("dry_run"):
+        if not isinstance(recipe, ImageRecipe):
+            raise UserError("--dry-run is for image classifiers: write a plan, and use `tokenformer run --dry-run`")
+        from tokenformer.plans.image_dry_run import image_dry_run, print_image_dry_run
+
+        print_image_dry_run(image_dry_run(recipe, **options))
+        return
 
     summary = train(recipe)
     out = recipe.out
+    if isinstance(recipe, ImageRecipe):
+        print(
+            f"model: {out}   held-out top-1 {summary['eval_top1']:.2%}, top-5 {summary['eval_top5']:.2%} of "
+            f"{summary['eval_images']:,.0f} images"
+        )
+        print(f"next:  tokenformer eval {out} --images {recipe.data.train}")
+        print(f"       tokenformer grow {out} {out}-grown --qkv N --output N --ffn N")
+        return
     print(
         f"model: {out}   held-out perplexity {summary['eval_perplexity']:.2f}, "
         f"{summary['eval_bits_per_byte']:.3f} bits per byte"

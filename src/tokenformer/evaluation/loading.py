@@ -1,17 +1,26 @@
-"""Models to be judged: TokenFormers, and for comparison any causal language model of transformers."""
+"""Models to be judged: TokenFormers, and for comparison any language model or image classifier of transformers."""
 
 import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from tokenformer.errors import UserError
-from tokenformer.models import TokenFormerConfig
-from tokenformer.models.checkpoints import one_line
+from tokenformer.models import TokenFormerConfig, TokenFormerVisionConfig
+from tokenformer.models.checkpoints import one_line, read_json
 from tokenformer.models.loading import (
     CONFIG,
     TOKENIZER,
+    load_image_classifier,
     load_model,
     load_tokenizer,
     model_folder,
@@ -50,6 +59,51 @@ def load_any_model(
     return model.eval()
 
 
+def load_any_classifier(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """An image classifier in evaluation mode: a TokenFormer with all checks of `load_image_classifier`, or another.
+
+    Args:
+        path: folder, or name of a model on the Hub.
+        dtype: of the weights; as saved if not given.
+        device: where to put it; the CPU if not given.
+
+    Raises:
+        UserError: no such folder; no model in it, one that is no image classifier or was saved without its classifier,
+            or one that cannot be loaded; an unknown dtype or device.
+    """
+    folder = model_folder(path)
+    fields = read_json(folder / CONFIG, f"{folder} holds no {CONFIG}: give a folder written by save_pretrained")
+    if (kind := fields.get("model_type")) == TokenFormerVisionConfig.model_type:
+        return load_image_classifier(folder, dtype=dtype, device=device)
+    dtype = named_dtype(dtype)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+                raise UserError(f"{folder} holds a '{kind}' model, which is no image classifier: --images needs one")
+            model: PreTrainedModel
+            model, report = AutoModelForImageClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except UserError:
+            raise
+        except Exception as error:  # transformers raises many unrelated types
+            raise UserError(f"{folder}: cannot load the '{kind}' model: {one_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers made them up
+        raise UserError(
+            f"{folder}: the weights lack {missing[0]} and so the model is no trained image classifier: train one from "
+            "it first"
+        )
+    move_model(model, device)
+    return model.eval()
+
+
 def load_any_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a model's folder, whatever kind of model it is.
 
@@ -57,8 +111,10 @@ def load_any_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         UserError: as `load_tokenizer`.
     """
     folder = model_folder(path)
-    if _other_kind(folder) is None:
+    if (kind := _other_kind(folder)) is None:
         return load_tokenizer(folder)
+    if kind == TokenFormerVisionConfig.model_type:
+        raise UserError(f"{folder} holds an image classifier: evaluate it with --images")
     if not (folder / TOKENIZER).is_file():
         raise UserError(f"{folder} holds no tokenizer: copy the {TOKENIZER} that the model was trained with into it")
     with quiet():

@@ -1,16 +1,12 @@
 """Perplexity and bits per byte of a model on text: files, datasets of the Hub, prepared folders, Megatron's files."""
 
 import math
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tokenformer.data import MegatronData, PreparedData
@@ -22,6 +18,7 @@ from tokenformer.data.progress import Bars
 from tokenformer.data.tokenizer import Encoder
 from tokenformer.errors import UserError
 from tokenformer.evaluation.loading import start_token
+from tokenformer.evaluation.progress import bar
 from tokenformer.evaluation.sliding import choose_window, score_documents
 from tokenformer.hardware import physical_cores
 from tokenformer.models.loading import num_entries
@@ -131,7 +128,7 @@ def evaluate_sources(
         raise UserError(f"'{wordless[0]}' holds no words, only token ids: leave out word-level")
     start_id = start_token(tokenizer)
     losses = []
-    with _bar("evaluating", sum(source.num_tokens for source in sources), progress) as advance:
+    with bar("evaluating", sum(source.num_tokens for source in sources), "tokens", progress) as advance:
         for source in sources:
             nats = score_documents(
                 model,
@@ -218,12 +215,3 @@ def _documents(ids: np.ndarray, end_id: int | None) -> list[np.ndarray]:
     ends = np.flatnonzero(ids == end_id) if end_id is not None else np.zeros(0, dtype=np.int64)
     parts = zip([0, *(ends + 1)], [*ends, len(ids)], strict=True)
     return [ids[start:stop] for start, stop in parts if stop > start]
-
-
-@contextmanager
-def _bar(description: str, total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    disabled = not (enabled and sys.stderr.isatty())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=disabled) as bars:
-        task = bars.add_task(description, total=total)
-        yield lambda count: bars.advance(task, count)

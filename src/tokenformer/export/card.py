@@ -13,6 +13,21 @@ from tokenformer.modules import KINDS
 
 PAPER = "https://arxiv.org/abs/2410.23168"
 
+_GENERATE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+prompt = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+"""
+_CLASSIFY = """\
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{name}", trust_remote_code=True)
+print(classify("photo.jpg"))
+"""
+
 
 def model_card(
     report: dict[str, Any],
@@ -31,10 +46,12 @@ def model_card(
         training: from `read_training`.
         evaluations: from `read_evaluation`.
     """
+    vision = report["model_type"] == "tokenformer_vision"
+    what = "image classifier: a ViT" if vision else "language model: a Transformer"
     results = [result for evaluation in evaluations for result in evaluation.results]
     header = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-classification" if vision else "text-generation",
         license=license,
         tags=["tokenformer", "pattention"],
         model_name=name if results else None,
@@ -43,9 +60,10 @@ def model_card(
     parts = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}",
-        f"A [TokenFormer]({PAPER}) language model: a Transformer whose every projection is attention over learned "
-        "key-value *parameter tokens*. It is made larger by appending tokens, and goes on from what it has learned.",
-        _usage(name),
+        f"A [TokenFormer]({PAPER}) {what} whose every projection is attention over learned key-value *parameter "
+        "tokens*. It is made larger by appending tokens, and goes on from what it has learned.",
+        f"## Use\n\n```python\n{(_CLASSIFY if vision else _GENERATE).format(name=name)}```\n\n"
+        f"The code in this folder is that of the Python package `tokenformer` {__version__} (Apache-2.0).",
         _sizes(report),
         _segments(report),
     ]
@@ -57,40 +75,42 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(name: str) -> str:
-    return f"""## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-prompt = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
-```
-
-The code in this folder is that of the Python package `tokenformer` {__version__} (Apache-2.0)."""
-
-
 def _sizes(report: dict[str, Any]) -> str:
-    parameters, rotary, weights = report["parameters"], report["rotary"], report["weights"]
-    flops, decode, length = report["flops_per_token"], report["decode_bytes_per_token"], report["sequence_length"]
+    parameters, weights, heads = report["parameters"], report["weights"], report["num_attention_heads"]
+    special = _of_image_classifier if report["model_type"] == "tokenformer_vision" else _of_language_model
     rows = [
         ("parameters", f"{parameters['total']:,}"),
         ("in parameter tokens", f"{parameters['parameter_tokens']:,}"),
         ("in the embedding", f"{parameters['embedding']:,}"),
         ("layers", f"{report['num_hidden_layers']} of {report['hidden_size']} channels"),
-        ("heads", f"{report['num_attention_heads']} of {rotary['head_size']} channels"),
-        ("rotary", f"{rotary['channels_per_head']} channels of each head, base {rotary['theta']:g}"),
+        ("heads", f"{heads} of {report['hidden_size'] // heads} channels"),
         ("normalization", f"{report['normalization']}, {report['activation']}"),
-        ("context", f"{length:,} tokens"),
-        ("vocabulary", f"{report['vocab_size']:,}"),
         ("weights", f"{weights['dtype']}, {weights['bytes'] / 1e6:,.1f} MB"),
-        (f"FLOPs per token, forward, at length {length:,}", f"{flops['forward']:.3g}"),
-        ("FLOPs per token, training", f"{flops['training']:.3g}"),
-        ("bytes read per generated token, empty cache", f"{decode['empty_cache']:.3g}"),
+        *special(report),
     ]
     return "## Sizes\n\n" + markdown(["", ""], rows).rstrip()
+
+
+def _of_language_model(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rotary, flops, length = report["rotary"], report["flops_per_token"], report["sequence_length"]
+    return [
+        ("rotary", f"{rotary['channels_per_head']} channels of each head, base {rotary['theta']:g}"),
+        ("context", f"{length:,} tokens"),
+        ("vocabulary", f"{report['vocab_size']:,}"),
+        (f"FLOPs per token, forward, at length {length:,}", f"{flops['forward']:.3g}"),
+        ("FLOPs per token, training", f"{flops['training']:.3g}"),
+        ("bytes read per generated token, empty cache", f"{report['decode_bytes_per_token']['empty_cache']:.3g}"),
+    ]
+
+
+def _of_image_classifier(report: dict[str, Any]) -> list[tuple[str, str]]:
+    flops, size = report["flops_per_image"], report["image_size"]
+    return [
+        ("image size", f"{size} x {size} pixels, patches of {report['patch_size']}"),
+        ("classes", f"{len(report['classes']):,}"),
+        ("FLOPs per image, forward", f"{flops['forward']:.3g}"),
+        ("FLOPs per image, training", f"{flops['training']:.3g}"),
+    ]
 
 
 def _segments(report: dict[str, Any]) -> str:

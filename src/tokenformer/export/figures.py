@@ -10,13 +10,15 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from tokenformer.errors import UserError
+from tokenformer.evaluation.image_tables import image_table
 from tokenformer.evaluation.tables import markdown, paper_table, perplexity_table
-from tokenformer.models import TokenFormerConfig
 
 SUMMARY = "summary.json"
 
 # field of summary.json -> how the card calls and writes it
 _TRAINING = {
+    "images": ("images", "{:,.0f}"),
+    "epochs": ("epochs", "{:,.4g}"),
     "tokens": ("tokens", "{:,.0f}"),
     "steps": ("steps", "{:,.0f}"),
     "flops": ("FLOPs", "{:.3g}"),
@@ -24,7 +26,9 @@ _TRAINING = {
     "precision": ("precision", "{}"),
     "device": ("device", "{}"),
     "seconds": ("seconds", "{:,.0f}"),
-    "eval_loss": ("held-out loss, nats per token", "{:.4f}"),
+    "eval_top1": ("held-out top-1 accuracy", "{:.2%}"),
+    "eval_top5": ("held-out top-5 accuracy", "{:.2%}"),
+    "eval_loss": ("held-out loss, nats per token or image", "{:.4f}"),
     "eval_perplexity": ("held-out perplexity", "{:.2f}"),
     "eval_bits_per_byte": ("held-out bits per byte", "{:.4f}"),
 }
@@ -64,12 +68,13 @@ def read_training(folder: Path, parameters: int) -> list[tuple[str, str]]:
         raise UserError(f"{path} is not a summary that `tokenformer train` wrote: remove it") from error
 
 
-def read_evaluation(path: Path, parameters: int, name: str) -> Evaluation:
+def read_evaluation(path: Path, model_type: str, parameters: int, name: str) -> Evaluation:
     """The figures that `tokenformer eval --out` wrote.
 
     Args:
         path: of the file.
-        parameters: of the model that they should be of.
+        model_type: of the model that they should be of.
+        parameters: of that model.
         name: of the model, for the table that has the paper's beside it.
 
     Raises:
@@ -78,11 +83,11 @@ def read_evaluation(path: Path, parameters: int, name: str) -> Evaluation:
     record = _read_object(path)
     try:
         model = record["model"]
-        if model["model_type"] != TokenFormerConfig.model_type:
+        if model["model_type"] != model_type:
             raise UserError(f"{path} is of a '{model['model_type']}' model: give evaluations of this model")
         _check_parameters(model["parameters"], parameters, path)
         readers: dict[str, Callable[[dict[str, Any]], Evaluation]]
-        readers = {"perplexity": _perplexity, "tasks": partial(_tasks, name=name)}
+        readers = {"perplexity": _perplexity, "tasks": partial(_tasks, name=name), "images": _images}
         return readers[record["kind"]](record)
     except UserError:
         raise
@@ -129,9 +134,24 @@ def _tasks(record: dict[str, Any], name: str) -> Evaluation:
     return Evaluation(text, [] if limit else entries)
 
 
-def _entry(dataset: str, metric: str, label: str, value: float) -> EvalResult:
+def _images(record: dict[str, Any]) -> Evaluation:
+    results, data = record["results"], record["data"]
+    source = _file_name(data["source"])
+    text = image_table(results, source)
+    if data["limit"]:
+        text += "\nOnly a part of the images.\n"
+    metrics = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
+    entries = [
+        _entry(source, metric, label, results[key], task="image-classification")
+        for key, (metric, label) in metrics.items()
+        if key in results
+    ]
+    return Evaluation(text, [] if data["limit"] else entries)
+
+
+def _entry(dataset: str, metric: str, label: str, value: float, task: str = "text-generation") -> EvalResult:
     return EvalResult(
-        task_type="text-generation",
+        task_type=task,
         dataset_type=dataset,
         dataset_name=dataset,
         metric_type=metric,

@@ -1,5 +1,6 @@
 """A model folder for the Hub, which transformers loads where this package is not installed."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from tokenformer.export.card import model_card
 from tokenformer.export.figures import read_evaluation, read_training
 from tokenformer.export.remote_code import auto_map, remote_code
 from tokenformer.folders import new_folder
+from tokenformer.images import load_processor
 from tokenformer.inspection import inspect_model
-from tokenformer.models.loading import load_model, load_tokenizer, model_folder
+from tokenformer.models import TokenFormerForImageClassification
+from tokenformer.models.loading import IMAGE_PROCESSOR, load_tokenformer, load_tokenizer, model_folder
 
 
 def export_hub(
@@ -24,10 +27,10 @@ def export_hub(
     eval: list[str] | None = None,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Write a folder that AutoModelForCausalLM loads with trust_remote_code=True, with or without this package.
+    """Write a folder that transformers loads with trust_remote_code=True, with or without this package.
 
-    It holds weights, configuration, generation configuration, tokenizer, the code of the model, and a model card. The
-    logits are bitwise those of `model`.
+    It holds weights, configuration, tokenizer or image processor, the code of the model, and a model card; that of a
+    language model also a generation configuration. The logits are bitwise those of `model`.
 
     Args:
         model: folder of the model, such as a training run, or a name on the Hub.
@@ -42,23 +45,28 @@ def export_hub(
         `out`, the `files` in it, their `bytes`, and the model's `parameters`.
 
     Raises:
-        UserError: a model or tokenizer that cannot be loaded, an unknown dtype, a folder that is not empty, an
-            evaluation that cannot be read or is of another model, a name that the Hub would refuse. Nothing is written.
+        UserError: a model, tokenizer or image processor that cannot be loaded, an unknown dtype, a folder that is not
+            empty, an evaluation that cannot be read or is of another model, a name that the Hub would refuse. Nothing
+            is written.
     """
     name = Path(out).resolve().name if name is None else _hub_name(name)
     with new_folder(Path(out)) as partial:
         source = model_folder(model)
-        loaded = load_model(source, dtype=dtype)
-        tokenizer = load_tokenizer(source)
+        loaded = load_tokenformer(source, dtype=dtype)
+        kind = loaded.config.model_type
+        if isinstance(loaded, TokenFormerForImageClassification):
+            load_processor(source)  # says what is wrong with it
+            shutil.copyfile(source / IMAGE_PROCESSOR, partial / IMAGE_PROCESSOR)
+        else:
+            _save_tokenizer(load_tokenizer(source), loaded.config.max_position_embeddings, partial)
         parameters = loaded.num_parameters()
         training = read_training(source, parameters)
-        evaluations = [read_evaluation(Path(file), parameters, name) for file in eval or []]
+        evaluations = [read_evaluation(Path(file), kind, parameters, name) for file in eval or []]
 
         disable_progress_bar()
-        loaded.config.auto_map = auto_map()
+        loaded.config.auto_map = auto_map(kind)
         loaded.save_pretrained(partial)
-        _save_tokenizer(tokenizer, loaded.config.max_position_embeddings, partial)
-        for file, text in remote_code().items():
+        for file, text in remote_code(kind).items():
             (partial / file).write_text(text, encoding="utf-8")
         card = model_card(inspect_model(partial), name, license=license, training=training, evaluations=evaluations)
         (partial / "README.md").write_text(card, encoding="utf-8")

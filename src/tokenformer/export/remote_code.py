@@ -12,14 +12,36 @@ from pathlib import Path
 from tokenformer import __version__
 
 PACKAGE = __name__.partition(".")[0]
-CONFIGURATION = f"{PACKAGE}.models.configuration_tokenformer"
-MODELING = f"{PACKAGE}.models.modeling_tokenformer"
+
+# model_type: the modules of configuration and modeling, and the class of each Auto class; the configuration first, as
+# vLLM wants it
+_CODE = {
+    "tokenformer": (
+        f"{PACKAGE}.models.configuration_tokenformer",
+        f"{PACKAGE}.models.modeling_tokenformer",
+        {
+            "AutoConfig": "TokenFormerConfig",
+            "AutoModel": "TokenFormerModel",
+            "AutoModelForCausalLM": "TokenFormerForCausalLM",
+        },
+    ),
+    "tokenformer_vision": (
+        f"{PACKAGE}.models.configuration_tokenformer_vision",
+        f"{PACKAGE}.models.modeling_tokenformer_vision",
+        {
+            "AutoConfig": "TokenFormerVisionConfig",
+            "AutoModel": "TokenFormerVisionModel",
+            "AutoModelForImageClassification": "TokenFormerForImageClassification",
+        },
+    ),
+}
 
 
-def remote_code() -> dict[str, str]:
-    """File name -> source of the modeling code and everything of this package that it imports."""
+def remote_code(model_type: str) -> dict[str, str]:
+    """File name -> source of the modeling code of one kind of model and everything of this package that it imports."""
+    configuration, modeling, _ = _CODE[model_type]
     files: dict[str, str] = {}
-    todo, seen = [CONFIGURATION, MODELING], set()
+    todo, seen = [configuration, modeling], set()
     while todo:
         module = todo.pop()
         if module in seen:
@@ -36,13 +58,12 @@ def remote_code() -> dict[str, str]:
     return files
 
 
-def auto_map() -> dict[str, str]:
-    """Which class of which file each Auto class of transformers loads; the configuration first, as vLLM wants it."""
-    modeling = flat_name(MODELING)
+def auto_map(model_type: str) -> dict[str, str]:
+    """Which class of which file each Auto class of transformers loads."""
+    configuration, modeling, classes = _CODE[model_type]
     return {
-        "AutoConfig": f"{flat_name(CONFIGURATION)}.TokenFormerConfig",
-        "AutoModel": f"{modeling}.TokenFormerModel",
-        "AutoModelForCausalLM": f"{modeling}.TokenFormerForCausalLM",
+        auto: f"{flat_name(configuration if auto == 'AutoConfig' else modeling)}.{name}"
+        for auto, name in classes.items()
     }
 
 

@@ -4,11 +4,10 @@ from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
 from tokenformer.errors import UserError
-from tokenformer.ops import get_activation, get_normalization
-from tokenformer.pattention import BASE, check_segment_name
+from tokenformer.models.segments import SegmentedConfig
+from tokenformer.pattention import BASE
 from tokenformer.published import is_published, our_fields
 
 # name: (layers, hidden size, heads, qkv and output tokens, ffn tokens, context); paper Tables 1, 6 and 9
@@ -26,7 +25,7 @@ _PRESETS = {
 
 
 @strict
-class TokenFormerConfig(PreTrainedConfig):
+class TokenFormerConfig(SegmentedConfig):
     """Configuration of a TokenFormer language model.
 
     Args:
@@ -55,18 +54,8 @@ class TokenFormerConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 50304
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    segments: list[dict[str, Any]] = field(default_factory=list)
     rotary_pct: float | int = 0.25
-    normalization: str = "l2_gelu"
-    activation: str = "gelu"
-    pattention_eps: float = 1e-12
-    layer_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
-    value_initializer_range: float | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 0
@@ -74,16 +63,9 @@ class TokenFormerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     rope_parameters: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Check that the sizes fit together and fill in the default segment."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}: "
-                "change one of them"
-            )
+    def _check_sizes(self) -> None:
+        super()._check_sizes()
+        self._require_positive("vocab_size")
         if not 0 <= self.rotary_pct <= 1:
             raise UserError(f"rotary_pct must lie between 0 and 1, got {self.rotary_pct}")
         if self.rotary_dim % 2:
@@ -91,28 +73,6 @@ class TokenFormerConfig(PreTrainedConfig):
                 f"rotary size {self.rotary_dim} (rotary_pct {self.rotary_pct} of head size {self.head_dim}) is odd: "
                 "it is rotated in pairs, so change rotary_pct or the number of heads"
             )
-        get_normalization(self.normalization)
-        get_activation(self.activation)
-        if not self.segments:
-            d = self.hidden_size
-            self.segments = [{"name": BASE, "qkv": d, "output": d, "ffn": 4 * d}]
-        self._check_segments()
-        super().__post_init__(**kwargs)
-
-    def _check_segments(self) -> None:
-        names = [segment.get("name") for segment in self.segments]
-        if not names or names[0] != BASE:
-            raise UserError(f"segments must begin with one called '{BASE}', got {names}")
-        if len(set(names)) != len(names):
-            raise UserError(f"segment names must differ, got {names}")
-        for segment in self.segments:
-            if set(segment) != {"name", "qkv", "output", "ffn"}:
-                raise UserError(f"a segment has the fields name, qkv, output and ffn, got {sorted(segment)}")
-            check_segment_name(segment["name"])
-            for kind in ("qkv", "output", "ffn"):
-                count, least = segment[kind], 1 if segment["name"] == BASE else 0
-                if type(count) is not int or count < least:
-                    raise UserError(f"segment '{segment['name']}': {kind} must be at least {least}, got {count!r}")
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Hand `rotary_pct` to transformers under its own name, so that other servers see the partial rotary."""
@@ -139,18 +99,9 @@ class TokenFormerConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def rotary_dim(self) -> int:
         """Channels of a head that are rotated by position."""
         return int(self.head_dim * self.rotary_pct)
-
-    def num_tokens(self, kind: str) -> int:
-        """Parameter tokens of a Pattention of `kind` (`qkv`, `output`, `ffn`), all segments together."""
-        return sum(segment[kind] for segment in self.segments)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "TokenFormerConfig":

@@ -39,6 +39,66 @@ def training_flops_per_token(model: Any, sequence_length: int) -> int:
     return 3 * (2 * products + 4 * config.num_hidden_layers * config.hidden_size * sequence_length)
 
 
+def trunk_parameters(model: Any) -> int:
+    """Parameters of the blocks of an image classifier (a TokenFormer or transformers' ViT).
+
+    Patch and position embeddings, class token, final norm and classifier are left out: they depend on the images and
+    the classes, and are the same in both.
+    """
+    return sum(p.numel() for p in _blocks(model).parameters())
+
+
+def tokens_per_image(config: Any, image_size: int | None = None) -> int:
+    """Tokens that attend to one another in an image: patches and class token, of a TokenFormer or transformers' ViT."""
+    return _patches(config, image_size) + getattr(config, "num_prefix_tokens", 1)  # a ViT always has its class token
+
+
+def forward_flops_per_image(model: Any, image_size: int | None = None) -> int:
+    """Floating-point operations to classify one image, for a TokenFormer or transformers' ViT; nothing runs.
+
+    2 for each weight in a matrix product of a block and each of T tokens (patches and class token), 4 L D T^2 for
+    token-token attention, 2 for each weight of the patch projection and each patch, 2 D for each class.
+
+    Args:
+        model: on any device, the meta device too.
+        image_size: pixels along each side; the model's own if not given.
+    """
+    config = model.config
+    patches, tokens = _patches(config, image_size), tokens_per_image(config, image_size)
+    products = sum(p.numel() for p in _blocks(model).parameters() if p.dim() >= 2)
+    attention = 4 * config.num_hidden_layers * config.hidden_size * tokens**2
+    head = sum(p.numel() for p in model.classifier.parameters() if p.dim() >= 2)
+    return 2 * (tokens * products + patches * _projection(config) + head) + attention
+
+
+def training_flops_per_image(model: Any, image_size: int | None = None) -> int:
+    """Floating-point operations to train on one image: forward, and backward without recomputation.
+
+    The backward pass costs twice the forward, but for the patch projection, whose input needs no gradient.
+
+    Args:
+        model: as for `forward_flops_per_image`.
+        image_size: pixels along each side; the model's own if not given.
+    """
+    config = model.config
+    return 3 * forward_flops_per_image(model, image_size) - 2 * _patches(config, image_size) * _projection(config)
+
+
+def _patches(config: Any, image_size: int | None) -> int:
+    side: int = (config.image_size if image_size is None else image_size) // config.patch_size
+    return side**2
+
+
+def _projection(config: Any) -> int:
+    weights: int = config.hidden_size * config.num_channels * config.patch_size**2
+    return weights
+
+
+def _blocks(model: Any) -> nn.ModuleList:
+    layers: nn.ModuleList = model.base_model.layers
+    return layers
+
+
 class CostMixin(nn.Module):
     """Cost methods of TokenFormer models. Nothing runs: a model on the meta device will do."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +28,9 @@ from tokenformer.models.checkpoints import (
     read_published,
 )
 from tokenformer.models.configuration_tokenformer import TokenFormerConfig
+from tokenformer.models.configuration_tokenformer_vision import TokenFormerVisionConfig
 from tokenformer.models.modeling_tokenformer import TokenFormerForCausalLM
+from tokenformer.models.modeling_tokenformer_vision import TokenFormerForImageClassification
 from tokenformer.published import is_published_name
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
@@ -40,6 +43,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+IMAGE_PROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,53 @@ def load_model(
         UserError: no such folder; no configuration, or not a TokenFormer's; weights that are missing, damaged, or do
             not fit the configuration; an unknown dtype or device.
     """
-    dtype = named_dtype(dtype)
     folder = model_folder(path)
-    config = None
-    if published_fields_of(folder) is None:  # otherwise from_pretrained compares weights and configuration
-        config = load_config(folder)
+    # Of a published folder from_pretrained compares weights and configuration.
+    config = load_config(folder) if published_fields_of(folder) is None else None
+    model: TokenFormerForCausalLM = _load(TokenFormerForCausalLM, folder, config, dtype, device)
+    return model
+
+
+def load_image_classifier(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> TokenFormerForImageClassification:
+    """An image classifier, in evaluation mode.
+
+    Args:
+        path: folder, or name of a model on the Hub (`owner/name`).
+        dtype: of the weights; as saved if not given. Scales stay float32.
+        device: where to put it; the CPU if not given.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    folder = model_folder(path)
+    config = load_vision_config(folder)
+    model: TokenFormerForImageClassification = _load(TokenFormerForImageClassification, folder, config, dtype, device)
+    return model
+
+
+def load_tokenformer(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> TokenFormerForCausalLM | TokenFormerForImageClassification:
+    """The language model or the image classifier in a folder; arguments and errors are those of `load_model`."""
+    folder = model_folder(path)
+    return (load_image_classifier if holds_image_classifier(folder) else load_model)(folder, dtype=dtype, device=device)
+
+
+def _load(
+    architecture: Any,
+    folder: Path,
+    config: TokenFormerConfig | TokenFormerVisionConfig | None,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+) -> Any:
+    dtype = named_dtype(dtype)
+    if config is not None:
         check_weights(config, stored_tensors(folder), folder)
     with quiet():
         try:
-            model: TokenFormerForCausalLM = TokenFormerForCausalLM.from_pretrained(
-                folder, config=config, dtype="auto" if dtype is None else dtype
-            )
+            model = architecture.from_pretrained(folder, config=config, dtype="auto" if dtype is None else dtype)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: cannot read the model: {one_line(error)}") from error
     move_model(model, device)
@@ -182,29 +222,49 @@ def model_folder(path: str | Path) -> Path:
         ) from error
 
 
+def holds_image_classifier(folder: Path) -> bool:
+    """Whether the configuration in a folder is that of our image classifiers; it may be damaged otherwise."""
+    file = folder / CONFIG
+    return file.is_file() and read_json(file, "").get("model_type") == TokenFormerVisionConfig.model_type
+
+
 def load_config(folder: Path) -> TokenFormerConfig:
-    """The configuration in a folder, ours or published.
+    """The configuration of the language model in a folder, ours or published.
 
     Raises:
         UserError: missing, not JSON, of another kind of model, or with values that do not fit together.
     """
     if published_fields_of(folder) is not None:
         return TokenFormerConfig(**read_published(folder)[0])
-    fields = read_json(folder / CONFIG, f"{folder} holds no {CONFIG}: give a folder written by save_pretrained")
-    kind = fields.get("model_type")
-    if kind != TokenFormerConfig.model_type:
-        found = f"'{kind}'" if kind else "missing"
-        raise UserError(f"{folder}/{CONFIG}: model_type is {found}, not '{TokenFormerConfig.model_type}'")
-    with quiet():
-        try:
-            config: TokenFormerConfig = TokenFormerConfig.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # whatever a value of the wrong type runs into
-            raise UserError(f"{folder}/{CONFIG}: {one_line(error)}") from error
+    config: TokenFormerConfig = _read_config(TokenFormerConfig, folder)
     return config
 
 
+def load_vision_config(folder: Path) -> TokenFormerVisionConfig:
+    """The configuration of the image classifier in a folder.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    config: TokenFormerVisionConfig = _read_config(TokenFormerVisionConfig, folder)
+    return config
+
+
+def _read_config(wanted: Any, folder: Path) -> Any:
+    fields = read_json(folder / CONFIG, f"{folder} holds no {CONFIG}: give a folder written by save_pretrained")
+    kind = fields.get("model_type")
+    if kind != wanted.model_type:
+        found = f"'{kind}'" if kind else "missing"
+        raise UserError(f"{folder}/{CONFIG}: model_type is {found}, not '{wanted.model_type}'")
+    with quiet():
+        try:
+            return wanted.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # whatever a value of the wrong type runs into
+            raise UserError(f"{folder}/{CONFIG}: {one_line(error)}") from error
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of `model.safetensors`, or of the files its index lists, by their names in TokenFormerForCausalLM.
+    """The tensors of `model.safetensors`, or of the files its index lists, by their names in the whole model.
 
     Only headers are read.
 
@@ -233,25 +293,34 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{file} is damaged or cut short ({one_line(error)}): copy or save it again") from error
     if any(is_published_name(name) for name in stored):
         raise _published(folder)
-    if not any(name.startswith("model.") for name in stored):  # a bare TokenFormerModel was saved
+    if not any(name.startswith("model.") for name in stored):  # a bare backbone was saved
         stored = {f"model.{name}": tensor for name, tensor in stored.items()}
     return stored
 
 
-def empty_model(config: TokenFormerConfig) -> TokenFormerForCausalLM:
+@overload
+def empty_model(config: TokenFormerConfig) -> TokenFormerForCausalLM: ...
+@overload
+def empty_model(config: TokenFormerVisionConfig) -> TokenFormerForImageClassification: ...
+def empty_model(config: Any) -> TokenFormerForCausalLM | TokenFormerForImageClassification:
     """The modules of a model without memory for its parameters (on the meta device)."""
     with torch.device("meta"):
+        if isinstance(config, TokenFormerVisionConfig):
+            return TokenFormerForImageClassification(config)
         return TokenFormerForCausalLM(config)
 
 
-def check_weights(config: TokenFormerConfig, stored: dict[str, StoredTensor], folder: Path) -> None:
+def check_weights(
+    config: TokenFormerConfig | TokenFormerVisionConfig, stored: dict[str, StoredTensor], folder: Path
+) -> None:
     """Compare names and shapes of stored tensors with those that the configuration asks for.
 
     Raises:
         UserError: something is missing, superfluous, or has another shape.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = isinstance(config, TokenFormerConfig) and config.tie_word_embeddings
+    optional = {"lm_head.weight"} if tied else set()
     hint = f"restore the {CONFIG} and the weights that were saved together"
     if missing := [name for name in expected if name not in stored and name not in optional]:
         raise UserError(f"{folder}: the weights lack {_some(missing)}, which {CONFIG} asks for: {hint}")
@@ -270,6 +339,15 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, target / name)
+    return names
+
+
+def copy_preprocessing(source: Path, target: Path) -> list[str]:
+    """Copy what makes a model's input, tokenizer or image processor, from one folder to another; returns the names."""
+    names = copy_tokenizer(source, target)
+    if (source / IMAGE_PROCESSOR).is_file():
+        shutil.copyfile(source / IMAGE_PROCESSOR, target / IMAGE_PROCESSOR)
+        names.append(IMAGE_PROCESSOR)
     return names
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -23,27 +22,16 @@ from transformers.utils.output_capturing import capture_outputs
 from tokenformer.models.checkpoints import find_published, read_published
 from tokenformer.models.configuration_tokenformer import TokenFormerConfig
 from tokenformer.models.cost import CostMixin
-from tokenformer.modules import KINDS, OutputEmbedding, TokenFormerAttention, TokenFormerBlock, rotary_angles
-from tokenformer.pattention import BASE, ParameterTokens, Pattention
+from tokenformer.models.segments import SegmentedModel
+from tokenformer.modules import OutputEmbedding, TokenFormerBlock, rotary_angles
 
 
-class TokenFormerPreTrainedModel(CostMixin, PreTrainedModel):
-    """What all TokenFormer models share: the initialisation, and what transformers may do with them."""
+class TokenFormerPreTrainedModel(CostMixin, SegmentedModel):
+    """What the language models share: the blocks' part is in `SegmentedModel`, reading published folders is here."""
 
     config: TokenFormerConfig
     config_class = TokenFormerConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["TokenFormerBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": TokenFormerBlock, "attentions": TokenFormerAttention}
-    # tau multiplies every output: bfloat16 would keep three digits of it.
-    _keep_in_fp32_modules_strict = ["scale"]
 
     @classmethod
     def from_pretrained(
@@ -74,36 +62,6 @@ class TokenFormerPreTrainedModel(CostMixin, PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = os.fspath(pretrained_model_name_or_path or "")
         return loaded
-
-    def merge_segments(self) -> None:
-        """Put the segments of every Pattention into one, in place: a re-arrangement that the configuration records.
-
-        For deployment, and before handing a grown model to code that knows no segments.
-
-        Raises:
-            UserError: an adapter sits on a segment.
-        """
-        for layer in self.modules():
-            if isinstance(layer, Pattention):
-                layer.merge_segments()
-        self.config.segments = [{"name": BASE, **{kind: self.config.num_tokens(kind) for kind in KINDS}}]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """The published initialisation unless the configuration says otherwise.
-
-        Keys are normal(0, 0.02), values normal(0, 2 / (layers * sqrt(D))).
-        """
-        config = self.config
-        if isinstance(module, ParameterTokens):
-            init.normal_(module.key, std=config.initializer_range)
-            published = 2 / (config.num_hidden_layers * config.hidden_size**0.5)
-            given = config.value_initializer_range
-            init.normal_(module.value, std=published if given is None else given)
-        elif isinstance(module, Pattention):
-            init.constant_(module.scale, module.initial_scale)
-        else:
-            super()._init_weights(module)
 
 
 class TokenFormerModel(TokenFormerPreTrainedModel):

@@ -1,25 +1,28 @@
 """What a plan will cost, before any of it is spent: sizes, tokens, FLOPs, memory, disk and hours of every stage."""
 
+import dataclasses
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from tokenformer.errors import UserError
-from tokenformer.hardware import accelerator_peak, pick_precision, set_threads
-from tokenformer.plans.estimate import checkpoint_bytes, measured_rate, training_memory
-from tokenformer.plans.plan import Plan
-from tokenformer.plans.resolve import ResolvedStage, resolve
+from tokenformer.hardware import set_threads
+from tokenformer.plans.estimate import (
+    CPU,
+    assumed_precision,
+    assumed_rate,
+    check_rate,
+    checkpoint_bytes,
+)
+from tokenformer.plans.plan import AnyPlan, naming
+from tokenformer.plans.resolve import resolve
 from tokenformer.plans.runner import resolve_with_data
+from tokenformer.plans.task import PlanTask, ResolvedStage, Sizes, task_of
+from tokenformer.plans.units import bytes_text, count_text, flops_text, hours_text, rate_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_CPU = "cpu"
 
-
-def dry_run(plan: Plan, *, gpu: str = "a100", mfu: float = 0.4, rate: float | None = None) -> dict[str, Any]:
+def dry_run(plan: AnyPlan, *, gpu: str = "a100", mfu: float = 0.4, rate: float | None = None) -> dict[str, Any]:
     """Work out a plan and estimate its cost; trains nothing and writes nothing.
 
     Args:
@@ -30,87 +33,54 @@ def dry_run(plan: Plan, *, gpu: str = "a100", mfu: float = 0.4, rate: float | No
         rate: FLOP/s that training reaches, where that is known; in place of a peak and a share of it.
 
     Returns:
-        `assumed` (what stands for missing data, or None), `rate`, `stages` by name, and `totals` over all runs. Memory
-        and disk in bytes, times in hours of one device, without compiling, evaluating and saving.
+        `unit` (what budgets count: tokens or images), `assumed` (what stands for missing data, or None), `rate`,
+        `stages` by name, and `totals` over all runs. Memory and disk in bytes, times in hours of one device, without
+        compiling, evaluating and saving.
 
     Raises:
         UserError: an accelerator that is not known, a share outside (0, 1], or a plan that cannot be carried out.
     """
-    if not 0 < mfu <= 1:
-        raise UserError(f"mfu must lie in (0, 1], got {mfu}")
-    if rate is not None and not 0 < rate < math.inf:
-        raise UserError(f"rate must be positive and finite, got {rate}")
-    device, peak = (_CPU, None) if gpu.lower() == _CPU else accelerator_peak(gpu)
+    check_rate(gpu, mfu, rate)
     plan.validate()
-    missing = _missing_data(plan)
-    sizes = {"vocab_size": plan.assumed.vocab_size, "sequence_length": plan.assumed.sequence_length}
+    task = task_of(plan)
+    missing = task.missing(plan)
+    sizes = task.assumed(plan) if missing else task.open(plan)
     resolved = resolve(plan, **sizes) if missing else resolve_with_data(plan)
-    if rate is not None:
-        how = {"how": "given", "mfu": rate / peak if peak else None}
-    elif peak is not None:
-        rate, how = peak * mfu, {"how": "assumed", "mfu": mfu}
-    else:
-        smallest = min(resolved.values(), key=lambda one: one.flops_per_token)
-        rate, how = _measure(smallest), {"how": "measured", "mfu": None}
-    stages = {name: _stage(plan, one, rate, on_cpu=device == _CPU) for name, one in resolved.items()}
+    smallest = min(resolved.values(), key=lambda one: one.counts.flops_per_row)
+    speed = assumed_rate(gpu, mfu, rate, measure=lambda: _measure(task, smallest))
+    stages = {
+        name: _stage(plan, task, sizes, one, speed["flops_per_second"], on_cpu=speed["device"] == CPU)
+        for name, one in resolved.items()
+    }
     return {
         "title": plan.title,
-        "assumed": {"missing": missing, **sizes} if missing else None,
-        "rate": {"device": device, "peak": peak, "flops_per_second": rate, **how},
+        "unit": plan.unit,
+        "assumed": {"missing": missing, **dataclasses.asdict(plan.assumed)} if missing else None,
+        "rate": speed,
         "stages": stages,
-        "totals": _totals(stages),
+        "totals": _totals(stages, plan.unit),
     }
 
 
-def _missing_data(plan: Plan) -> list[str]:
-    """The prepared folders and tokenised files that are not there."""
-    paths = [plan.data.path, *(stage.data for stage in plan.all_stages.values() if stage.data), *plan.measure.values()]
-    return [
-        path or "data.path"
-        for path in dict.fromkeys(paths)
-        if not path or not (Path(path).exists() or Path(f"{path}.bin").exists())
-    ]
-
-
-def _length(stage: ResolvedStage) -> int:
-    return stage.tokens // (stage.steps * stage.training.batch_size)
-
-
-def _measure(stage: ResolvedStage) -> float:
+def _measure(task: PlanTask[Any], stage: ResolvedStage) -> float:
     set_threads(stage.training.threads)
-    return measured_rate(
-        stage.config,
-        flops_per_token=stage.flops_per_token,
-        sequence_length=_length(stage),
-        precision=_precision(stage, on_cpu=True),
-    )
+    return task.measured_rate(stage, assumed_precision(stage.training.precision, on_cpu=True))
 
 
-def _precision(stage: ResolvedStage, *, on_cpu: bool) -> str:
-    if on_cpu:
-        return pick_precision(stage.training.precision, torch.device(_CPU))
-    # Every accelerator whose peak we know multiplies bf16.
-    return "bf16" if stage.training.precision == "auto" else stage.training.precision
-
-
-def _stage(plan: Plan, resolved: ResolvedStage, flops_per_second: float, *, on_cpu: bool) -> dict[str, Any]:
-    stage, training = resolved.stage, resolved.training
+def _stage(
+    plan: AnyPlan, task: PlanTask[Any], sizes: Sizes, resolved: ResolvedStage, flops_per_second: float, *, on_cpu: bool
+) -> dict[str, Any]:
+    stage, training, counts = resolved.stage, resolved.training, resolved.counts
+    with naming(stage):
+        warmup = task.warmup_steps(resolved, sizes)
     seeds = plan.seeds_of(stage)
     rows = training.micro_batch_size or training.batch_size
-    precision = _precision(resolved, on_cpu=on_cpu)
-    memory = training_memory(
-        resolved.config,
-        parameters=resolved.parameters,
-        non_embedding_parameters=resolved.non_embedding_parameters,
-        rows=rows,
-        sequence_length=_length(resolved),
-        precision=precision,
-        gradient_checkpointing=training.gradient_checkpointing,
-    )
+    precision = assumed_precision(training.precision, on_cpu=on_cpu)
+    memory = task.memory(resolved, rows, precision)
     # The first seed tries every rate, the others run at the best one.
     runs = len(stage.learning_rates) + len(seeds) - 1
     hours = resolved.flops / flops_per_second / 3600
-    checkpoint = checkpoint_bytes(resolved.parameters)
+    checkpoint = checkpoint_bytes(counts.parameters)
     saved = math.ceil(resolved.steps / training.save_every) if training.save_every else 1
     model = checkpoint // 3  # a checkpoint without the moments
     kept = min(saved, training.keep_checkpoints) * checkpoint + model
@@ -120,26 +90,18 @@ def _stage(plan: Plan, resolved: ResolvedStage, flops_per_second: float, *, on_c
         "family": resolved.family,
         "baseline": stage not in plan.stages,
         "chain": list(resolved.chain),
-        "parameters": resolved.parameters,
-        "non_embedding_parameters": resolved.non_embedding_parameters,
-        "tokens": resolved.tokens,
+        "parameters": counts.parameters,
+        "non_embedding_parameters": counts.non_embedding_parameters,
+        **task.budget(resolved),
         "steps": resolved.steps,
-        "warmup_steps": _warmup_steps(resolved),
+        "warmup_steps": _warmup_steps(resolved, warmup),
         "batch_size": training.batch_size,
-        "sequence_length": _length(resolved),
-        "flops_per_token": resolved.flops_per_token,
+        "sequence_length": counts.row_tokens,
         "flops": resolved.flops,
-        "cumulative_tokens": resolved.cumulative_tokens,
         "cumulative_flops": resolved.cumulative_flops,
         "precision": precision,
         "micro_batch_size": rows,
-        "memory": {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "moments": memory.moments,
-            "activations": memory.activations,
-            "total": memory.total,
-        },
+        "memory": {**dataclasses.asdict(memory), "total": memory.total},
         "checkpoint_bytes": checkpoint,
         "disk_bytes": len(seeds) * (kept + grown),
         "sweep_disk_bytes": (len(stage.learning_rates) - 1) * kept + checkpoint,  # and one that is being written
@@ -153,20 +115,20 @@ def _stage(plan: Plan, resolved: ResolvedStage, flops_per_second: float, *, on_c
     }
 
 
-def _warmup_steps(resolved: ResolvedStage) -> int:
-    """Steps of this stage that warm up; of a continued schedule, whose share they are, the part that falls here."""
+def _warmup_steps(resolved: ResolvedStage, warmup: float) -> int:
+    """Steps of this stage that warm up; of a continued schedule, whose warm-up is given, the part that falls here."""
     optimizer = resolved.optimizer
     whole = resolved.steps / (optimizer.schedule_to - optimizer.schedule_from)
-    left = round(optimizer.warmup * whole) - round(optimizer.schedule_from * whole)
+    left = round(warmup) - round(optimizer.schedule_from * whole)
     return max(0, min(left, resolved.steps))
 
 
-def _totals(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _totals(stages: dict[str, dict[str, Any]], unit: str) -> dict[str, Any]:
     """Over all runs; memory is that of the largest, disk what is kept and the widest sweep beside it."""
     rows = stages.values()
     return {
         "runs": sum(row["runs"] for row in rows),
-        "tokens": sum(row["runs"] * row["tokens"] for row in rows),
+        unit: sum(row["runs"] * row[unit] for row in rows),
         "flops": sum(row["all_flops"] for row in rows),
         "hours": sum(row["all_hours"] for row in rows),
         "memory": max(row["memory"]["total"] for row in rows),
@@ -181,7 +143,9 @@ def print_dry_run(report: dict[str, Any]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120  # a file has no width: do not fold the tables
-    sizes = _table(report["title"] or "plan", ["after"], ["parameters", "non-emb.", "tokens", "steps", "memory"])
+    unit = report["unit"]
+    compared = "non-emb." if unit == "tokens" else "in blocks"
+    sizes = _table(report["title"] or "plan", ["after"], ["parameters", compared, unit, "steps", "memory"])
     costs = _table("training", [], ["FLOPs", "cumulative", "hours", "cumulative", "runs", "hours of all"])
     baselines = False
     for name, row in report["stages"].items():
@@ -192,20 +156,20 @@ def print_dry_run(report: dict[str, Any]) -> None:
         sizes.add_row(
             name,
             row["chain"][-2] if len(row["chain"]) > 1 else "",
-            _count(row["parameters"]),
-            _count(row["non_embedding_parameters"]),
-            _count(row["tokens"]),
+            count_text(row["parameters"]),
+            count_text(row["non_embedding_parameters"]),
+            count_text(row[unit]),
             f"{row['steps']:,}",
-            _bytes(row["memory"]["total"]),
+            bytes_text(row["memory"]["total"]),
         )
         costs.add_row(
             name,
-            _flops(row["flops"]),
-            _flops(row["cumulative_flops"]),
-            _hours(row["hours"]),
-            _hours(row["cumulative_hours"]),
+            flops_text(row["flops"]),
+            flops_text(row["cumulative_flops"]),
+            hours_text(row["hours"]),
+            hours_text(row["cumulative_hours"]),
             str(row["runs"]),
-            _hours(row["all_hours"]),
+            hours_text(row["all_hours"]),
         )
     for part in (sizes, "", costs, ""):
         console.print(part)
@@ -227,46 +191,26 @@ def _table(title: str, words: list[str], numbers: list[str]) -> "Table":
 def _notes(report: dict[str, Any]) -> list[str]:
     rate, totals, assumed, stages = report["rate"], report["totals"], report["assumed"], report["stages"]
     runs = "1 run" if totals["runs"] == 1 else f"{totals['runs']} runs"
-    device = "this CPU" if rate["device"] == _CPU else f"one {rate['device']}"
-    speed = f"{_flops(rate['flops_per_second'])} FLOP/s"
-    if rate["how"] == "assumed":
-        speed += f", {rate['mfu']:g} of its peak (MFU), which is an assumption"
-    else:
-        speed += f", as {rate['how']}"
-    batches = sorted({f"{row['micro_batch_size']} x {row['sequence_length']}" for row in stages.values()})
+    unit = report["unit"]
+    lengths = {
+        f"{row['micro_batch_size']}" + f" x {row['sequence_length']}" * (unit == "tokens") for row in stages.values()
+    }
+    batches = sorted(lengths)
     precisions = sorted({row["precision"] for row in stages.values()})
     notes = [
-        f"total   {runs}, {_count(totals['tokens'])} tokens, {_flops(totals['flops'])} FLOPs, "
-        f"{_hours(totals['hours'])} hours ({_hours(totals['hours'] / 24)} days), "
-        f"{_bytes(totals['disk_bytes'])} of disk",
-        f"hours   of {device} at {speed}",
-        f"memory  of one device, micro-batches of {', '.join(batches)} tokens, {', '.join(precisions)}, "
+        f"total   {runs}, {count_text(totals[unit])} {unit}, {flops_text(totals['flops'])} FLOPs, "
+        f"{hours_text(totals['hours'])} hours ({hours_text(totals['hours'] / 24)} days), "
+        f"{bytes_text(totals['disk_bytes'])} of disk",
+        f"hours   {rate_text(rate)}",
+        f"memory  of one device, micro-batches of {', '.join(batches)} {unit}, {', '.join(precisions)}, "
         "without torch.compile",
     ]
     if assumed is not None:
-        notes.append(
-            f"data    none at {', '.join(assumed['missing'])}; a vocabulary of {assumed['vocab_size']:,} and rows of "
-            f"{assumed['sequence_length']:,} tokens are assumed"
+        stand_in = (
+            f"a vocabulary of {assumed['vocab_size']:,} and rows of {assumed['sequence_length']:,} tokens"
+            if unit == "tokens"
+            else f"{assumed['images']:,} images of {assumed['classes']:,} classes, with {assumed['image_size']} pixels "
+            "along each side where the model does not say,"
         )
+        notes.append(f"data    none at {', '.join(assumed['missing'])}; {stand_in} are assumed")
     return notes
-
-
-def _count(number: float) -> str:
-    power = min(int(math.log10(max(number, 1)) // 3), 4)
-    return f"{number / 1000**power:.4g}{' kMBT'[power].strip()}"
-
-
-def _flops(number: float) -> str:
-    digits, power = f"{number:.2e}".split("e")
-    return f"{digits}e{int(power)}"
-
-
-def _bytes(number: float) -> str:
-    power = min(int(math.log2(max(number, 1)) // 10), 5)
-    return f"{number / 1024**power:.3g} {' KMGTP'[power].strip()}{'i' if power else ''}B"
-
-
-def _hours(hours: float) -> str:
-    if hours < 0.01:
-        return "<0.01"
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"

@@ -5,15 +5,30 @@ less of the activations, and as if every parameter were trained. Buffers of a fe
 workspaces and what the allocator holds in reserve are left out.
 """
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedConfig
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    GPTNeoXConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
 
-from tokenformer.hardware import autocast_dtype
-from tokenformer.models import TokenFormerConfig
+from tokenformer.errors import UserError
+from tokenformer.hardware import accelerator_peak, autocast_dtype, pick_precision
+from tokenformer.models import TokenFormerVisionConfig
+from tokenformer.models.cost import tokens_per_image
+from tokenformer.models.segments import SegmentedConfig
 
+CPU = "cpu"
 _FLOAT32 = 4
 # A step of the probe of a CPU's speed is about this large: a fraction of a second.
 _PROBE_FLOPS = 3e10
@@ -28,17 +43,19 @@ class Memory:
         gradients: in float32.
         moments: both of AdamW, in float32.
         activations: what one micro-batch keeps for the backward pass, and the gradients of its logits.
+        average: the moving average of the weights, in float32, where one is kept.
     """
 
     weights: int
     gradients: int
     moments: int
     activations: int
+    average: int = 0
 
     @property
     def total(self) -> int:
         """All together, which is the peak: at the start of a backward pass."""
-        return self.weights + self.gradients + self.moments + self.activations
+        return self.weights + self.gradients + self.moments + self.activations + self.average
 
 
 def training_memory(
@@ -73,6 +90,34 @@ def training_memory(
     )
 
 
+def image_training_memory(
+    model: PreTrainedModel,
+    *,
+    images: int,
+    precision: str,
+    gradient_checkpointing: bool = False,
+    average: bool = False,
+) -> Memory:
+    """Memory to train a TokenFormer or ViT that classifies images, on micro-batches of `images`.
+
+    Args:
+        model: to be trained; on the meta device will do.
+        images: of a micro-batch.
+        precision: fp32, bf16 or fp16.
+        gradient_checkpointing: blocks are recomputed in the backward pass.
+        average: a moving average of the weights is kept.
+    """
+    parameters = model.num_parameters()
+    per_image = activation_bytes_per_image(model.config, precision, gradient_checkpointing=gradient_checkpointing)
+    return Memory(
+        weights=(_FLOAT32 + (0 if precision == "fp32" else 2)) * parameters,
+        gradients=_FLOAT32 * parameters,
+        moments=2 * _FLOAT32 * parameters,
+        activations=images * per_image,
+        average=_FLOAT32 * parameters if average else 0,
+    )
+
+
 def activation_bytes_per_token(
     config: PreTrainedConfig, precision: str, *, gradient_checkpointing: bool = False
 ) -> int:
@@ -95,19 +140,67 @@ def activation_bytes_per_token(
     Raises:
         ValueError: a model of another kind.
     """
-    d, h = config.hidden_size, _FLOAT32 if precision == "fp32" else 2
-    if isinstance(config, TokenFormerConfig):
-        tokens = 3 * config.num_tokens("qkv") + config.num_tokens("output") + config.num_tokens("ffn")
-        inputs = 3 if precision == "fp32" else 5 * len(config.segments)
-        block = 2 * _FLOAT32 * d + (inputs + 4) * d * h + tokens * (2 * h + _FLOAT32)
-    elif isinstance(config, GPTNeoXConfig):
-        block = _FLOAT32 * d + 9 * d * h + 2 * config.intermediate_size * h
-    else:
-        raise ValueError(f"no estimate for a model of type '{config.model_type}'")
+    d, h = config.hidden_size, _bytes_in_products(precision)
+    block = _block_bytes_per_token(config, precision)
     head = (_FLOAT32 + h) * d + 3 * _FLOAT32 * config.vocab_size
     if gradient_checkpointing:
         return config.num_hidden_layers * _FLOAT32 * d + max(block, head)
     return config.num_hidden_layers * block + head
+
+
+def activation_bytes_per_image(config: Any, precision: str, *, gradient_checkpointing: bool = False) -> int:
+    """Bytes that the forward pass keeps for the backward pass, and that are added in its first block, per image.
+
+    In the terms of `activation_bytes_per_token`, with T patches and class token, P pixels of C channels and K classes:
+
+    - A TokenFormer block is that of a language model, but for the result of attention, which is the input of the output
+      without a copy.
+    - A ViT block with F units keeps the inputs of its norms in float32 (8 D); the inputs of its products (D h each):
+      one for query, key and value, but in half precision a copy for each, one for the output, which is the result of
+      attention, and one for the feed-forward; query, key and value (3 D h); and its units before and after the
+      activation (2 F h).
+    - The patch embedding keeps the image (4 C P), and in half precision a copy (2 C P).
+    - The head keeps the input of the final norm (4 T D), and in float32 with a class token its output too, of which it
+      reads one row; then logits, log-probabilities and the gradient of either (12 K).
+    - The head is small, so the peak lies in the feed-forward of the last block, at the gradients of its scores and
+      weights, or of its units before and after the activation.
+    - With checkpointing, every block keeps its input (4 T D), and one block at a time the rest.
+
+    Raises:
+        ValueError: a model of another kind.
+    """
+    d, h = config.hidden_size, _bytes_in_products(precision)
+    block = _block_bytes_per_token(config, precision)  # raises
+    if isinstance(config, TokenFormerVisionConfig):
+        block -= d * h * (1 if precision == "fp32" else len(config.segments))
+        gradients = config.num_tokens("ffn") * (_FLOAT32 + h)
+    else:
+        gradients = 2 * config.intermediate_size * h
+    tokens = tokens_per_image(config)
+    pixels = config.num_channels * config.image_size**2 * (_FLOAT32 if precision == "fp32" else _FLOAT32 + h)
+    norms = 2 if precision == "fp32" and getattr(config, "pooling", "cls") == "cls" else 1
+    head = norms * _FLOAT32 * tokens * d + 3 * _FLOAT32 * config.num_labels
+    kept = block if not gradient_checkpointing else _FLOAT32 * d
+    peak = gradients + (block if gradient_checkpointing else 0)
+    return pixels + tokens * (config.num_hidden_layers * kept + peak) + head
+
+
+def _bytes_in_products(precision: str) -> int:
+    return _FLOAT32 if precision == "fp32" else 2
+
+
+def _block_bytes_per_token(config: PreTrainedConfig, precision: str) -> int:
+    d, h = config.hidden_size, _bytes_in_products(precision)
+    if isinstance(config, SegmentedConfig):
+        tokens = 3 * config.num_tokens("qkv") + config.num_tokens("output") + config.num_tokens("ffn")
+        inputs = 3 if precision == "fp32" else 5 * len(config.segments)
+        return 2 * _FLOAT32 * d + (inputs + 4) * d * h + tokens * (2 * h + _FLOAT32)
+    if isinstance(config, GPTNeoXConfig):
+        return _FLOAT32 * d + 9 * d * h + 2 * config.intermediate_size * h
+    if isinstance(config, ViTConfig):
+        inputs = 3 if precision == "fp32" else 5
+        return 2 * _FLOAT32 * d + (inputs + 3) * d * h + 2 * config.intermediate_size * h
+    raise ValueError(f"no estimate for a model of type '{config.model_type}'")
 
 
 def checkpoint_bytes(parameters: int) -> int:
@@ -115,8 +208,49 @@ def checkpoint_bytes(parameters: int) -> int:
     return 3 * _FLOAT32 * parameters
 
 
+def check_rate(gpu: str, mfu: float, rate: float | None) -> None:
+    """Raise `UserError` on an accelerator that is not known, and on a share of its peak or a speed that cannot be."""
+    if not 0 < mfu <= 1:
+        raise UserError(f"mfu must lie in (0, 1], got {mfu}")
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"rate must be positive and finite, got {rate}")
+    if gpu.lower() != CPU:
+        accelerator_peak(gpu)
+
+
+def assumed_rate(gpu: str, mfu: float, rate: float | None, *, measure: Callable[[], float]) -> dict[str, Any]:
+    """At which speed the training is taken to run.
+
+    Args:
+        gpu: an accelerator whose peak is known, or `cpu`.
+        mfu: share of the accelerator's peak that is assumed.
+        rate: FLOP/s where they are known.
+        measure: measures them on this CPU.
+
+    Returns:
+        `device`, its `peak` in FLOP/s or None, `flops_per_second`, `how` these are known (given, assumed, measured) and
+        the share of the peak that they are, `mfu`, or None.
+    """
+    device, peak = (CPU, None) if gpu.lower() == CPU else accelerator_peak(gpu)
+    if rate is not None:
+        how = {"how": "given", "mfu": rate / peak if peak else None}
+    elif peak is not None:
+        rate, how = peak * mfu, {"how": "assumed", "mfu": mfu}
+    else:
+        rate, how = measure(), {"how": "measured", "mfu": None}
+    return {"device": device, "peak": peak, "flops_per_second": rate, **how}
+
+
+def assumed_precision(precision: str, *, on_cpu: bool) -> str:
+    """The precision of a recipe, and what `auto` comes to on this CPU or on an accelerator."""
+    if on_cpu:
+        return pick_precision(precision, torch.device(CPU))
+    # Every accelerator whose peak we know multiplies bf16.
+    return "bf16" if precision == "auto" else precision
+
+
 def measured_rate(config: PreTrainedConfig, *, flops_per_token: int, sequence_length: int, precision: str) -> float:
-    """FLOP/s at which the CPU trains a model: the best of three short steps after one to warm up, not compiled.
+    """FLOP/s at which the CPU trains a language model, not compiled.
 
     Args:
         config: of a model of the plan, best a small one: it is built.
@@ -127,13 +261,37 @@ def measured_rate(config: PreTrainedConfig, *, flops_per_token: int, sequence_le
     rows = max(1, int(_PROBE_FLOPS / (flops_per_token * sequence_length)))
     model = AutoModelForCausalLM.from_config(config).train()
     ids = torch.randint(config.vocab_size, (rows, sequence_length))
+    seconds = _seconds_per_step(model, precision, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    return rows * sequence_length * flops_per_token / seconds
+
+
+def measured_image_rate(config: Any, *, flops_per_image: int, precision: str) -> float:
+    """FLOP/s at which the CPU trains an image classifier, not compiled and without augmentation.
+
+    Args:
+        config: of the model, which is built.
+        flops_per_image: of training it.
+        precision: fp32 or bf16.
+    """
+    images = max(1, int(_PROBE_FLOPS / flops_per_image))
+    model = AutoModelForImageClassification.from_config(config).train()
+    pixels = torch.rand(images, config.num_channels, config.image_size, config.image_size)
+    labels = torch.randint(config.num_labels, (images,))
+    seconds = _seconds_per_step(
+        model, precision, lambda: nn.functional.cross_entropy(model(pixel_values=pixels).logits, labels)
+    )
+    return images * flops_per_image / seconds
+
+
+def _seconds_per_step(model: PreTrainedModel, precision: str, loss: Callable[[], torch.Tensor]) -> float:
+    """The best of three short steps after one to warm up."""
     dtype = autocast_dtype(precision)
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
+        with torch.autocast(CPU, dtype=dtype, enabled=dtype is not None):
+            value = loss()
+        torch.autograd.backward(value)
         model.zero_grad()
         seconds.append(time.perf_counter() - started)
-    return rows * sequence_length * flops_per_token / min(seconds[1:])
+    return min(seconds[1:])

@@ -11,18 +11,14 @@ from typing import Any
 import torch
 
 from tokenformer.baselines import widen_folder
-from tokenformer.data import open_data
-from tokenformer.evaluation import evaluate_perplexity
-from tokenformer.evaluation.perplexity import evenly_spaced
 from tokenformer.folders import CHECKPOINTS, write_atomically
 from tokenformer.growth import grow_folder
 from tokenformer.hardware import autocast_dtype, pick_device, pick_precision, set_threads
 from tokenformer.models.loading import WEIGHTS
-from tokenformer.plans.plan import Growth, Plan
-from tokenformer.plans.resolve import ResolvedStage, noise_of
-from tokenformer.training import Recipe, train
-from tokenformer.training.building import load_any
-from tokenformer.training.recipe import DataRecipe, ModelRecipe
+from tokenformer.plans.plan import AnyPlan, Growth
+from tokenformer.plans.resolve import noise_of
+from tokenformer.plans.task import ResolvedStage, task_of
+from tokenformer.training import train
 from tokenformer.training.run import SUMMARY_FILE
 
 START, BEGINNING_FILE, MEASURES_FILE, FAILURE_FILE = "start", "start.json", "measures.json", "failure.json"
@@ -61,7 +57,7 @@ class Job:
         return f"{self.stage} seed {self.seed} {what}"
 
 
-def begin(job: Job, plan: Plan, resolved: ResolvedStage, source: Path) -> None:
+def begin(job: Job, plan: AnyPlan, resolved: ResolvedStage, source: Path) -> None:
     """Grow the model in `source`, if the stage grows, and measure what the stage begins with."""
     target = job.folder(Path(plan.out))
     grow = resolved.stage.grow
@@ -98,64 +94,41 @@ def _grow(grow: Growth, resolved: ResolvedStage, source: Path, target: Path, see
     )
 
 
-def train_one(job: Job, plan: Plan, resolved: ResolvedStage, source: Path | None, *, progress: bool) -> None:
+def train_one(job: Job, plan: AnyPlan, resolved: ResolvedStage, source: Path | None, *, progress: bool) -> None:
     """Train a stage at one learning rate, and measure the other data."""
     run = job.folder(Path(plan.out))
     if not (run / SUMMARY_FILE).is_file():
-        train(_recipe(job, plan, resolved, source), progress=progress, title=job.title)
+        train(recipe_of(job, plan, resolved, source), progress=progress, title=job.title)
     measured = _measure(plan, resolved, run, start=False)
     write_atomically(run / MEASURES_FILE, json.dumps(measured, indent=2) + "\n")
 
 
-def _recipe(job: Job, plan: Plan, resolved: ResolvedStage, source: Path | None) -> Recipe:
-    assert job.learning_rate is not None
+def recipe_of(job: Job, plan: AnyPlan, resolved: ResolvedStage, source: Path | None) -> Any:
+    """The recipe of a training run; `source` is what the stage goes on from, if it does."""
     start = Job(job.stage, job.seed, None).folder(Path(plan.out))
-    if source is None:
-        assert resolved.model is not None
-        model = resolved.model
-    else:
-        model = ModelRecipe(path=str(source if resolved.stage.grow is None else start), family=resolved.family)
-    return Recipe(
+    model = source if resolved.stage.grow is None else start
+    recipe = task_of(plan).recipe(plan, resolved, None if source is None else str(model))
+    return dataclasses.replace(
+        recipe,
         out=str(job.folder(Path(plan.out))),
-        model=model,
-        data=dataclasses.replace(data_recipe(plan, resolved.data), skip_rows=resolved.rows_before),
-        optimizer=dataclasses.replace(resolved.optimizer, learning_rate=job.learning_rate),
-        training=dataclasses.replace(resolved.training, seed=job.seed),
+        optimizer=dataclasses.replace(recipe.optimizer, learning_rate=job.learning_rate),
+        training=dataclasses.replace(recipe.training, seed=job.seed),
     )
 
 
-def data_recipe(plan: Plan, path: str) -> DataRecipe:
-    """The data of a stage: the plan's, or other ones read in the same way."""
-    if path == plan.data.path:
-        return plan.data
-    return DataRecipe(path=path, held_out_rows=plan.data.held_out_rows)
-
-
-def _measure(plan: Plan, resolved: ResolvedStage, folder: Path, *, start: bool) -> dict[str, Any]:
-    """Held-out loss in nats per token on what the stage trains on (at the start), and on the plan's other data."""
-    wanted: dict[str, DataRecipe] = {name: data_recipe(plan, path) for name, path in plan.measure.items()}
-    losses: dict[str, float] = {}
-    found: dict[str, Any] = {"measures": losses}
-    if not start and not wanted:
-        return found
+def _measure(plan: AnyPlan, resolved: ResolvedStage, folder: Path, *, start: bool) -> dict[str, Any]:
+    """Held-out loss in nats on what the stage trains on (at the start), and on the plan's other data."""
+    if not start and not plan.measure:
+        return {"measures": {}}
     training = resolved.training
     set_threads(training.threads)
     device = pick_device()
     dtype = autocast_dtype(pick_precision(training.precision, device))
-    model = load_any(folder).to(device)  # type: ignore[arg-type]  # transformers hides torch's signature
+    sources = [*([None] if start else []), *plan.measure.values()]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        if start:
-            found["loss"] = _loss(model, data_recipe(plan, resolved.data), training.batch_size)
-        for name, recipe in wanted.items():
-            losses[name] = _loss(model, recipe, training.batch_size)
-    return found
-
-
-def _loss(model: torch.nn.Module, recipe: DataRecipe, batch_size: int) -> float:
-    options = dataclasses.asdict(recipe)
-    count, _ = options.pop("held_out_rows"), options.pop("skip_rows")
-    rows = evenly_spaced(open_data(**options).held_out, count)
-    return evaluate_perplexity(model, rows, tokens_per_byte=1.0, batch_size=batch_size)["loss"]
+        losses = task_of(plan).held_out_losses(plan, resolved, folder, sources, device)
+    own = {"loss": losses.pop(0)} if start else {}
+    return {"measures": dict(zip(plan.measure, losses, strict=True)), **own}
 
 
 def drop_weights(run: Path) -> None:

@@ -3,82 +3,34 @@
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from tokenformer.baselines import matching_transformer
 from tokenformer.errors import UserError
-from tokenformer.models import TokenFormerConfig
-from tokenformer.models.cost import non_embedding_parameters, training_flops_per_token
-from tokenformer.plans.plan import Family, Growth, Plan, Stage, naming
-from tokenformer.training.building import model_config
-from tokenformer.training.recipe import ModelRecipe, OptimizerRecipe, TrainingRecipe
+from tokenformer.models.segments import SegmentedConfig
+from tokenformer.plans.plan import AnyPlan, Family, Growth, Stage, naming
+from tokenformer.plans.task import ResolvedStage, Sizes, task_of
 
 _KINDS = ("qkv", "output", "ffn")
 # On the copies of a Transformer's weights: equal ones get equal gradients, so the new parameters would never be used.
 _NOISE = {"hypercloning": 0.3, "net2net": 0.05, "width": 0.0}
 
 
-@dataclass(frozen=True)
-class ResolvedStage:
-    """A stage with everything that follows from the plan.
-
-    Attributes:
-        stage: as the plan has it.
-        family: of its model.
-        chain: names of the stages that lead to it, itself last.
-        model: sizes of the model that it begins with, if no stage comes before.
-        config: of the model that it trains, grown already.
-        parameters: of that model.
-        non_embedding_parameters: likewise, without embeddings.
-        tokens: trained on, in whole steps.
-        steps: of the optimizer.
-        flops_per_token: of training (Table 3).
-        flops: of this stage.
-        cumulative_tokens: of this stage and all before it.
-        cumulative_flops: likewise.
-        optimizer: rule, with the stage's own fields; the learning rate is the first of those to try.
-        training: budget, with the stage's own fields; the seed is the first.
-        data: what it is trained on.
-        rows_before: training rows of these data that the stages before have read; this one goes on behind them.
-    """
-
-    stage: Stage
-    family: Family
-    chain: tuple[str, ...]
-    model: ModelRecipe | None
-    config: PreTrainedConfig
-    parameters: int
-    non_embedding_parameters: int
-    tokens: int
-    steps: int
-    flops_per_token: int
-    flops: int
-    cumulative_tokens: int
-    cumulative_flops: int
-    optimizer: OptimizerRecipe
-    training: TrainingRecipe
-    data: str
-    rows_before: int
-
-
-def resolve(plan: Plan, *, vocab_size: int, sequence_length: int) -> dict[str, ResolvedStage]:
+def resolve(plan: AnyPlan, **sizes: Any) -> dict[str, ResolvedStage]:
     """Every stage of a plan by name, each after those that it depends on.
 
     Args:
         plan: to be resolved; checked first.
-        vocab_size: of the tokenizer.
-        sequence_length: tokens in a row.
+        sizes: what the data fix of every model: `vocab_size` of the tokenizer and `sequence_length`, the tokens in a
+            row; for images their `classes` (names) and `image_size` (pixels along each side).
 
     Raises:
         UserError: a plan that cannot be carried out: sizes that shrink or do not fit together, budgets below one step,
             a baseline that cannot match, stages that wait for each other.
     """
     plan.validate()
-    resolver = _Resolver(plan, vocab_size, sequence_length)
+    resolver = _Resolver(plan, sizes)
     for name in plan.all_stages:
         resolver.stage(name)
     resolved = resolver.stages
@@ -87,9 +39,9 @@ def resolve(plan: Plan, *, vocab_size: int, sequence_length: int) -> dict[str, R
 
 
 class _Resolver:
-    def __init__(self, plan: Plan, vocab_size: int, sequence_length: int) -> None:
-        self.plan, self.vocab_size, self.sequence_length = plan, vocab_size, sequence_length
-        self.models: dict[str, ModelRecipe] = {}
+    def __init__(self, plan: AnyPlan, sizes: Sizes) -> None:
+        self.plan, self.task, self.sizes = plan, task_of(plan), sizes
+        self.models: dict[str, Any] = {}
         self.configs: dict[str, PreTrainedConfig] = {}
         self.stages: dict[str, ResolvedStage] = {}
         self.waiting: list[tuple[str, str]] = []
@@ -123,154 +75,94 @@ class _Resolver:
         before = self.plan.before(stage)
         if before is None:
             self.models[stage.name] = self._first(stage)
-            return self._new(self.models[stage.name])
+            return self.task.new_config(self.models[stage.name], self.sizes)
         config = copy.deepcopy(self.config(before.name))
         if stage.grow is None:
             return config
-        if isinstance(config, TokenFormerConfig):
+        if isinstance(config, SegmentedConfig):
             return _grown(config, self._targets(stage.grow))
-        return self._wider(config, stage.grow)
+        like = None if stage.grow.like is None else self.config(stage.grow.like)
+        return self.task.wider(config, stage.grow, like)
 
-    def _first(self, stage: Stage) -> ModelRecipe:
+    def _first(self, stage: Stage) -> Any:
         """Sizes of a new model."""
         assert stage.train is not None
         given = {name: value for name, value in dataclasses.asdict(stage.train).items() if value is not None}
         like = given.pop("like", None)
-        recipe = dataclasses.replace(self.plan.model, **given, family=self.plan.family(stage.name))
+        recipe: Any = dataclasses.replace(cast(Any, self.plan.model), **given, family=self.plan.family(stage.name))
         if stage.train.preset is None and given.keys() & {"hidden_size", "num_hidden_layers", *_KINDS}:
             recipe = dataclasses.replace(recipe, preset=None)
         if like is None:
             return recipe
         other: Any = self.config(like)
-        same: dict[str, Any] = {
-            "num_hidden_layers": other.num_hidden_layers,
-            "num_attention_heads": other.num_attention_heads,
-        }
-        recipe = dataclasses.replace(recipe, preset=None, **(same | given))
-        if recipe.family == "gpt_neox":
-            found = matching_transformer(
-                _parameters(other)[1],
-                vocab_size=other.vocab_size,
-                num_hidden_layers=recipe.num_hidden_layers,
-                num_attention_heads=recipe.num_attention_heads,
-                hidden_size=stage.train.hidden_size,
-                rotary_pct=recipe.rotary_pct,
-            )
-            return dataclasses.replace(recipe, hidden_size=found.hidden_size, intermediate_size=found.intermediate_size)
-        if not isinstance(other, TokenFormerConfig):
-            raise UserError(f"train.like: '{like}' is a Transformer; name a TokenFormer, or give the sizes")
-        return dataclasses.replace(recipe, **_totals(other), hidden_size=other.hidden_size)
-
-    def _new(self, recipe: ModelRecipe) -> PreTrainedConfig:
-        config: PreTrainedConfig = model_config(
-            recipe, vocab_size=self.vocab_size, sequence_length=self.sequence_length
-        )
-        if self.sequence_length > config.max_position_embeddings:
+        recipe = dataclasses.replace(recipe, preset=None, **(self.task.alike(other) | given))
+        if recipe.family != "tokenformer":
+            return self.task.matching(recipe, other, stage.train.hidden_size, self.sizes)
+        if not isinstance(other, SegmentedConfig):
             raise UserError(
-                f"the data are packed to {self.sequence_length} tokens, the model takes "
-                f"{config.max_position_embeddings}: prepare them with a shorter --sequence-length"
+                f"train.like: '{like}' is a {self.task.quality.baseline}; name a TokenFormer, or give the sizes"
             )
-        return config
+        return dataclasses.replace(recipe, **_totals(other), hidden_size=other.hidden_size)
 
     def _targets(self, grow: Growth) -> dict[str, int]:
         targets = {kind: getattr(grow, kind) for kind in _KINDS if getattr(grow, kind) is not None}
         if grow.like is None:
             return targets
         other = self.config(grow.like)
-        if not isinstance(other, TokenFormerConfig):
-            raise UserError(f"grow.like: '{grow.like}' is a Transformer; name a TokenFormer, or give the tokens")
-        return _totals(other) | targets
-
-    def _wider(self, config: PreTrainedConfig, grow: Growth) -> PreTrainedConfig:
-        """The wider Transformer; where only a number of parameters is wanted, the multiple nearest to a usual ffn."""
-        if grow.like is None:
-            width = grow.hidden_size or config.hidden_size
-            if width % config.hidden_size:
-                raise UserError(
-                    f"grow.hidden_size {width} is not a whole multiple of {config.hidden_size}, so the layer norms "
-                    f"would change: give {(width // config.hidden_size + 1) * config.hidden_size}"
-                )
-            ffn = grow.intermediate_size or config.intermediate_size * width // config.hidden_size
-            if ffn < config.intermediate_size:
-                raise UserError(
-                    f"grow.intermediate_size {ffn} is fewer than {config.intermediate_size}: growing cannot shrink"
-                )
-            if (width, ffn) == (config.hidden_size, config.intermediate_size):
-                raise UserError("grow: nothing grows; give like, hidden_size or intermediate_size")
-            return _widened(config, width, ffn)
-        wanted = _parameters(self.config(grow.like))[1]
-        candidates = []
-        for multiple in range(1, 9) if grow.hidden_size is None else [grow.hidden_size // config.hidden_size]:
-            try:
-                found = matching_transformer(
-                    wanted,
-                    vocab_size=config.vocab_size,
-                    num_hidden_layers=config.num_hidden_layers,
-                    num_attention_heads=config.num_attention_heads * multiple,
-                    hidden_size=config.hidden_size * multiple,
-                    rotary_pct=config.rope_parameters["partial_rotary_factor"],
-                    max_position_embeddings=config.max_position_embeddings,
-                )
-            except UserError:
-                continue
-            if found.intermediate_size >= config.intermediate_size:
-                candidates.append(found)
-        if not candidates:
+        if not isinstance(other, SegmentedConfig):
             raise UserError(
-                f"a Transformer of width {config.hidden_size} and {config.intermediate_size} feed-forward units cannot "
-                f"be widened to the {wanted} parameters of '{grow.like}' within 2 %: begin with another size, or give "
-                "hidden_size and intermediate_size"
+                f"grow.like: '{grow.like}' is a {self.task.quality.baseline}; name a TokenFormer, or give the tokens"
             )
-        return min(candidates, key=lambda found: abs(math.log(found.intermediate_size / (4 * found.hidden_size))))
+        return _totals(other) | targets
 
     def _resolve(self, stage: Stage) -> ResolvedStage:
         config = self.config(stage.name)
         before = self.plan.before(stage)
         previous = self.stage(before.name) if before is not None else None
-        parameters, non_embedding, flops_per_token = _parameters(config, self.sequence_length)
+        counts = self.task.counts(config, self.sizes)
         optimizer, training = self._recipes(stage)
-        per_step = training.batch_size * self.sequence_length
+        # Budgets are counted in tokens, of which a row has many, or in images, which are rows.
+        per_row = counts.row_tokens if self.plan.unit == "tokens" else 1
+        per_step = training.batch_size * per_row
         spent = previous.cumulative_flops if previous else 0
-        if stage.tokens is not None:
-            tokens = stage.tokens
-            steps = math.ceil(tokens / per_step)
+        budget = self.plan.budget(stage)
+        if budget is not None:
+            steps = math.ceil(budget / per_step)
         else:
             assert stage.flops_of is not None
-            budget = self.stage(stage.flops_of).cumulative_flops * stage.flops_times - spent
-            tokens = int(budget // flops_per_token)
-            steps = round(tokens / per_step)
-        if tokens < per_step:
+            flops = self.stage(stage.flops_of).cumulative_flops * stage.flops_times - spent
+            budget = int(flops // (counts.flops_per_row // per_row))
+            steps = round(budget / per_step)
+        if budget < per_step:
+            step = f"{training.batch_size} rows of {per_row} tokens" if per_row > 1 else f"{training.batch_size} images"
             raise UserError(
-                f"its budget of {tokens} tokens is below one step ({training.batch_size} rows of "
-                f"{self.sequence_length} tokens): give more tokens, or a smaller training.batch_size"
+                f"its budget of {budget} {self.plan.unit} is below one step ({step}): give more {self.plan.unit}, or a "
+                "smaller training.batch_size"
             )
-        tokens = steps * per_step
-        flops = tokens * flops_per_token
+        rows = steps * training.batch_size
+        tokens = rows * counts.row_tokens
+        data = stage.data or self.task.source(self.plan)
+        earlier = [self.stage(one.name) for one in self.plan.chain(stage.name)[:-1]]
         return ResolvedStage(
             stage=stage,
             family=self.plan.family(stage.name),
             chain=tuple(other.name for other in self.plan.chain(stage.name)),
             model=self.models.get(stage.name),
             config=config,
-            parameters=parameters,
-            non_embedding_parameters=non_embedding,
-            tokens=tokens,
+            counts=counts,
             steps=steps,
-            flops_per_token=flops_per_token,
-            flops=flops,
+            rows=rows,
+            flops=rows * counts.flops_per_row,
+            cumulative_rows=rows + (previous.cumulative_rows if previous else 0),
             cumulative_tokens=tokens + (previous.cumulative_tokens if previous else 0),
-            cumulative_flops=flops + spent,
+            cumulative_flops=rows * counts.flops_per_row + spent,
             optimizer=optimizer,
-            training=dataclasses.replace(training, tokens=tokens),
-            data=stage.data or self.plan.data.path,
-            rows_before=sum(
-                other.tokens // self.sequence_length
-                for other in (self.stage(one.name) for one in self.plan.chain(stage.name)[:-1])
-                if other.data == (stage.data or self.plan.data.path)
-            ),
+            training=self.task.trained_on(training, rows, tokens),
+            data=data,
+            rows_before=sum(other.rows for other in earlier if other.data == data),
         )
 
-    def _recipes(self, stage: Stage) -> tuple[OptimizerRecipe, TrainingRecipe]:
+    def _recipes(self, stage: Stage) -> tuple[Any, Any]:
         optimizer = dataclasses.replace(self.plan.optimizer, **stage.optimizer, learning_rate=stage.learning_rates[0])
         if stage.schedule == "constant":
             optimizer = dataclasses.replace(optimizer, schedule="constant")
@@ -286,7 +178,7 @@ class _Resolver:
         return optimizer, training
 
 
-def _spread_schedules(plan: Plan, resolved: dict[str, ResolvedStage]) -> None:
+def _spread_schedules(plan: AnyPlan, resolved: dict[str, ResolvedStage]) -> None:
     """Give each stage of a continued schedule its part of it."""
     following: dict[str, list[Stage]] = {name: [] for name in resolved}
     for stage in plan.all_stages.values():
@@ -316,7 +208,7 @@ def _spread_schedules(plan: Plan, resolved: dict[str, ResolvedStage]) -> None:
         resolved[name] = dataclasses.replace(resolved[name], optimizer=optimizer)
 
 
-def _grown(config: TokenFormerConfig, targets: dict[str, int]) -> TokenFormerConfig:
+def _grown(config: SegmentedConfig, targets: dict[str, int]) -> SegmentedConfig:
     """The configuration after `tokenformer.grow`, which appends one segment."""
     present = _totals(config)
     if not targets:
@@ -333,13 +225,6 @@ def _grown(config: TokenFormerConfig, targets: dict[str, int]) -> TokenFormerCon
     return config
 
 
-def _widened(config: PreTrainedConfig, width: int, ffn: int) -> PreTrainedConfig:
-    heads = config.num_attention_heads * width // config.hidden_size
-    wider = copy.deepcopy(config)
-    wider.hidden_size, wider.intermediate_size, wider.num_attention_heads = width, ffn, heads
-    return wider
-
-
 def noise_of(grow: Growth, family: Family) -> float:
     """The noise of a growth: what is given, or what its method needs."""
     if grow.noise is not None:
@@ -347,16 +232,5 @@ def noise_of(grow: Growth, family: Family) -> float:
     return _NOISE[grow.method] if family == "gpt_neox" else 0.0
 
 
-def _totals(config: TokenFormerConfig) -> dict[str, Any]:
+def _totals(config: SegmentedConfig) -> dict[str, Any]:
     return {kind: sum(segment.get(kind, 0) for segment in config.segments) for kind in _KINDS}
-
-
-def _parameters(config: PreTrainedConfig, sequence_length: int = 1) -> tuple[int, int, int]:
-    """Parameters, those without embeddings, and training FLOPs per token."""
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    return (
-        sum(p.numel() for p in model.parameters()),
-        non_embedding_parameters(model),
-        training_flops_per_token(model, sequence_length),
-    )

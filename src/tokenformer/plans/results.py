@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenformer.errors import UserError
-from tokenformer.models import TokenFormerConfig
+from tokenformer.models.segments import SegmentedConfig
 from tokenformer.plans.jobs import BEGINNING_FILE, FAILURE_FILE, MEASURES_FILE, Job, read_json
-from tokenformer.plans.plan import Plan, Stage
-from tokenformer.plans.resolve import ResolvedStage, noise_of
+from tokenformer.plans.plan import AnyPlan, Plan, Stage
+from tokenformer.plans.resolve import noise_of
+from tokenformer.plans.task import PlanTask, ResolvedStage, task_of
 from tokenformer.training.callbacks import METRICS_FILE, read_metrics
 from tokenformer.training.run import SUMMARY_FILE
 
@@ -20,17 +21,19 @@ PLAN_FILE, STAGES_FILE, RESULTS_FILE = "plan.yaml", "stages.json", "results.json
 _FREE = {"data", "training.threads", "training.keep_checkpoints", "training.save_every", "training.seed", "label"}
 
 
-def describe(plan: Plan, resolved: ResolvedStage) -> dict[str, Any]:
+def describe(plan: AnyPlan, resolved: ResolvedStage) -> dict[str, Any]:
     """A stage as stages.json has it: all that its numbers depend on but seeds and learning rates."""
     config: Any = resolved.config
     sizes = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    if isinstance(config, TokenFormerConfig):
+    if isinstance(config, SegmentedConfig):
         sizes |= {"segments": config.segments, "value_initializer_range": config.value_initializer_range}
     else:
         sizes |= {"intermediate_size": config.intermediate_size}
     stage = resolved.stage
     optimizer = dataclasses.asdict(resolved.optimizer)
     del optimizer["learning_rate"]
+    task = task_of(plan)
+    described = task.description(plan, resolved)
     return {
         "label": stage.title,
         "family": resolved.family,
@@ -41,18 +44,16 @@ def describe(plan: Plan, resolved: ResolvedStage) -> dict[str, Any]:
         if stage.grow
         else None,
         "schedule": stage.schedule,
-        "model": {"vocab_size": config.vocab_size, **sizes},
-        "parameters": resolved.parameters,
-        "non_embedding_parameters": resolved.non_embedding_parameters,
-        "tokens": resolved.tokens,
+        **described,
+        "model": {**described["model"], **sizes},
+        "parameters": resolved.counts.parameters,
+        "non_embedding_parameters": resolved.counts.non_embedding_parameters,
+        **task.budget(resolved),
         "steps": resolved.steps,
-        "sequence_length": resolved.tokens // (resolved.steps * resolved.training.batch_size),
-        "flops_per_token": resolved.flops_per_token,
+        "sequence_length": resolved.counts.row_tokens,
         "flops": resolved.flops,
-        "cumulative_tokens": resolved.cumulative_tokens,
         "cumulative_flops": resolved.cumulative_flops,
         "data": resolved.data,
-        "held_out_rows": plan.data.held_out_rows,
         "rows_before": resolved.rows_before,
         "optimizer": optimizer,
         "training": dataclasses.asdict(resolved.training),
@@ -68,7 +69,7 @@ def difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None
     return None
 
 
-def chosen_rate(plan: Plan, stage: Stage, seed: int, out: Path) -> float | None:
+def chosen_rate(plan: AnyPlan, stage: Stage, seed: int, out: Path) -> float | None:
     """The learning rate at which a stage is done with a seed; None while it is not known or that run not done.
 
     The first seed tries all rates, and that of least held-out loss is taken for every seed.
@@ -94,7 +95,7 @@ def _final_loss(run: Path) -> float | None:
     return read_json(run / SUMMARY_FILE)["eval_loss"] if (run / MEASURES_FILE).is_file() else None
 
 
-def load_plan(folder: Path) -> Plan:
+def load_plan(folder: Path) -> AnyPlan:
     """The plan that a folder was made by.
 
     Raises:
@@ -113,9 +114,10 @@ def collect(folder: Path) -> dict[str, Any]:
         folder: of the plan.
 
     Returns:
-        `title`, `plan`, `machine`, `complete`, `missing` (runs still to do), `subject` (names of the plan's stages),
-        and `stages`: for each its sizes, budgets and costs (`describe`), the losses of its learning rates (`sweep`),
-        the one chosen, its `runs`, and means over seeds with sample standard deviations.
+        `title`, `plan`, `quality` (what the figures are called), `machine`, `complete`, `missing` (runs still to do),
+        `subject` (names of the plan's stages), and `stages`: for each its sizes, budgets and costs (`describe`), the
+        losses of its learning rates (`sweep`), the one chosen, its `runs`, and means over seeds with sample standard
+        deviations.
 
     Raises:
         UserError: the folder holds no plan.
@@ -131,6 +133,7 @@ def collect(folder: Path) -> dict[str, Any]:
     return {
         "title": plan.title or folder.name,
         "plan": dataclasses.asdict(plan) | {"out": ""},
+        "quality": dataclasses.asdict(task_of(plan).quality),
         "machine": record["machine"],
         "complete": not missing,
         "missing": missing,
@@ -139,8 +142,8 @@ def collect(folder: Path) -> dict[str, Any]:
     }
 
 
-def _stage(plan: Plan, stage: Stage, found: dict[str, Any], out: Path, missing: list[str]) -> dict[str, Any]:
-    seeds = plan.seeds_of(stage)
+def _stage(plan: AnyPlan, stage: Stage, found: dict[str, Any], out: Path, missing: list[str]) -> dict[str, Any]:
+    task, seeds = task_of(plan), plan.seeds_of(stage)
     first = seeds[0]
     losses = {r: _final_loss(Job(stage.name, first, r).folder(out)) for r in stage.learning_rates}
     collapsed = all(loss == math.inf for loss in losses.values())
@@ -151,7 +154,7 @@ def _stage(plan: Plan, stage: Stage, found: dict[str, Any], out: Path, missing: 
     if rate is None:
         missing += [f"{stage.name}/seed-{seed}" for seed in seeds[1:]]
     tried = [r for r in stage.learning_rates if losses[r] is not None]
-    done = (_run(job, job.learning_rate == rate, found, out) for job in wanted if job.is_done(out))
+    done = (_run(task, job, job.learning_rate == rate, found, out) for job in wanted if job.is_done(out))
     runs = [run for run in done if run is not None]
     chosen = [run for run in runs if run["chosen"]]
     return found | {
@@ -159,11 +162,11 @@ def _stage(plan: Plan, stage: Stage, found: dict[str, Any], out: Path, missing: 
         "learning_rate": rate,
         "at_edge": rate is not None and len(tried) > 1 and rate in (min(tried), max(tried)),
         "runs": runs,
-        **{name: _mean([run[name] for run in chosen]) for name in ("eval_loss", "eval_perplexity", "seconds")},
+        **{name: _mean([run[name] for run in chosen]) for name in ("eval_loss", f"eval_{task.quality.key}", "seconds")},
     }
 
 
-def _run(job: Job, chosen: bool, stage: dict[str, Any], out: Path) -> dict[str, Any] | None:
+def _run(task: PlanTask[Any], job: Job, chosen: bool, stage: dict[str, Any], out: Path) -> dict[str, Any] | None:
     folder = job.folder(out)
     summary = read_json(folder / SUMMARY_FILE)
     if (folder / FAILURE_FILE).is_file() or not summary:
@@ -177,16 +180,16 @@ def _run(job: Job, chosen: bool, stage: dict[str, Any], out: Path) -> dict[str, 
         return [
             {key: line[key] for key in ("tokens", "flops", "seconds")}
             | {"cumulative_flops": before + line["flops"], "loss": line[name]}
+            | (task.point(line) if name == "eval_loss" else {})
             for line in lines
             if name in line
         ]
 
-    kept = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "tokens_per_second", "mfu")
     return {
         "seed": job.seed,
         "learning_rate": job.learning_rate,
         "chosen": chosen,
-        **{name: summary[name] for name in kept},
+        **task.figures(summary),
         "start_loss": start.get("loss"),
         "measures": {
             name: {"start": start.get("measures", {}).get(name), "end": loss}

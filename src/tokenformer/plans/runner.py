@@ -11,14 +11,13 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
-from tokenformer.data import TrainingData, open_data
 from tokenformer.errors import UserError
 from tokenformer.folders import CHECKPOINTS, saving, write_atomically
 from tokenformer.hardware import hardware, versions
@@ -27,13 +26,13 @@ from tokenformer.plans.jobs import (
     FAILURE_FILE,
     Job,
     begin,
-    data_recipe,
     drop_weights,
     read_json,
+    recipe_of,
     train_one,
 )
-from tokenformer.plans.plan import Plan, Stage
-from tokenformer.plans.resolve import ResolvedStage, resolve
+from tokenformer.plans.plan import AnyPlan, Stage, naming
+from tokenformer.plans.resolve import resolve
 from tokenformer.plans.results import (
     PLAN_FILE,
     RESULTS_FILE,
@@ -43,12 +42,15 @@ from tokenformer.plans.results import (
     describe,
     difference,
 )
+from tokenformer.plans.task import ResolvedStage, task_of
+from tokenformer.training.callbacks import signals_to
 from tokenformer.training.collapse import Collapse
+from tokenformer.training.run import SUMMARY_FILE
 
 _STOPPED = "stopped and saved; the same command goes on"
 
 
-def run_plan(plan: Plan, *, jobs: int = 1, progress: bool = True) -> dict[str, Any]:
+def run_plan(plan: AnyPlan, *, jobs: int = 1, progress: bool = True) -> dict[str, Any]:
     """Carry out a plan, or what is left of it.
 
     Args:
@@ -68,12 +70,11 @@ def run_plan(plan: Plan, *, jobs: int = 1, progress: bool = True) -> dict[str, A
     if not plan.out:
         raise UserError("out: give the folder of the plan, for instance --out runs/books-small")
     out = Path(plan.out)
-    resolved = resolve_with_data(plan)
-    _check_folders(plan, resolved)
     if plan.training.threads is None and jobs > 1:
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        plan = dataclasses.replace(plan, training=dataclasses.replace(plan.training, threads=threads))
-        resolved = resolve_with_data(plan)
+        plan = dataclasses.replace(plan, training=dataclasses.replace(cast(Any, plan.training), threads=threads))
+    resolved = resolve_with_data(plan)
+    _check_folders(plan, resolved)
     with saving(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / PLAN_FILE, plan.to_yaml())
@@ -84,48 +85,27 @@ def run_plan(plan: Plan, *, jobs: int = 1, progress: bool = True) -> dict[str, A
     return collect(out)
 
 
-def resolve_with_data(plan: Plan) -> dict[str, ResolvedStage]:
+def resolve_with_data(plan: AnyPlan) -> dict[str, ResolvedStage]:
     """Resolve a plan against its data, which must be there and belong together.
 
     Raises:
-        UserError: data that are missing, damaged, or made with another tokenizer or row length than the plan's; and
-            whatever `resolve` finds.
+        UserError: data that are missing or damaged, made with another tokenizer or row length than the plan's, or of
+            other classes; a setting that no run can have; and whatever `resolve` finds.
     """
     plan.validate()
-    if not plan.data.path:
-        raise UserError("data.path: give a folder written by `tokenformer data prepare`")
-    data = _open(plan, plan.data.path)
-    others = {stage.data for stage in plan.all_stages.values() if stage.data} | set(plan.measure.values())
-    for path in sorted(others - {plan.data.path}):
-        other = _open(plan, path)
-        if other.tokenizer_hash != data.tokenizer_hash:
-            raise UserError(
-                f"{path} was prepared with another tokenizer than {plan.data.path}: "
-                f"prepare it with --tokenizer {plan.data.path}/tokenizer"
-            )
-        if other.sequence_length != data.sequence_length:
-            raise UserError(
-                f"{path} is cut into rows of {other.sequence_length}, {plan.data.path} of {data.sequence_length}: "
-                "prepare both alike"
-            )
-    resolved = resolve(plan, vocab_size=data.vocab_size, sequence_length=data.sequence_length)
+    task = task_of(plan)
+    resolved = resolve(plan, **task.open(plan))
+    rows = {source: task.rows(plan, source) for source in {stage.data for stage in resolved.values()}}
     for name, stage in resolved.items():
-        rows = len(_open(plan, stage.data).train)
-        if rows < stage.training.batch_size:
-            raise UserError(
-                f"stage '{name}': {stage.data} has {rows} training rows, fewer than training.batch_size "
-                f"{stage.training.batch_size}"
-            )
+        with naming(stage.stage):
+            for rate in stage.stage.learning_rates:
+                job = Job(name, stage.training.seed, rate)
+                source = Path(plan.out) if plan.before(stage.stage) is not None else None
+                task.check(recipe_of(job, plan, stage, source), rows[stage.data])
     return resolved
 
 
-def _open(plan: Plan, path: str) -> TrainingData:
-    options = dataclasses.asdict(data_recipe(plan, path))
-    del options["held_out_rows"], options["skip_rows"]
-    return open_data(**options)
-
-
-def _check_folders(plan: Plan, resolved: dict[str, ResolvedStage]) -> None:
+def _check_folders(plan: AnyPlan, resolved: dict[str, ResolvedStage]) -> None:
     """See that what is in the plan's folder is of this plan."""
     out = Path(plan.out)
     if out.exists() and not out.is_dir():
@@ -150,7 +130,7 @@ def _check_folders(plan: Plan, resolved: dict[str, ResolvedStage]) -> None:
 
 
 class _Runner:
-    def __init__(self, plan: Plan, resolved: dict[str, ResolvedStage], progress: bool) -> None:
+    def __init__(self, plan: AnyPlan, resolved: dict[str, ResolvedStage], progress: bool) -> None:
         self.plan, self.resolved, self.progress = plan, resolved, progress
         self.out = Path(plan.out)
 
@@ -161,7 +141,9 @@ class _Runner:
                 self._after(job)
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool, _Stop() as stop:
+        pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker)
+        stop = _Stop()
+        with pool, signals_to(stop.handle):
             running: dict[Future[None], Job] = {}
             while True:
                 for job in list(self._ready(set(running.values())))[: jobs - len(running)]:
@@ -236,8 +218,7 @@ class _Runner:
         """Say what came out, drop what is no longer needed, and write the results so far."""
         if job.learning_rate is not None:
             failure = read_json(job.folder(self.out) / FAILURE_FILE)
-            summary = read_json(job.folder(self.out) / "summary.json")
-            self._say(f"{job.title}: {failure.get('error') or 'perplexity {:.2f}'.format(summary['eval_perplexity'])}")
+            self._say(f"{job.title}: {failure.get('error') or self._reached(job)}")
         self._tidy(job)
         write_atomically(self.out / RESULTS_FILE, json.dumps(collect(self.out), indent=2) + "\n")
 
@@ -255,12 +236,18 @@ class _Runner:
         if not any(other.grow is not None and other.grow.optimizer == "carried" for other in following):
             shutil.rmtree(chosen / CHECKPOINTS, ignore_errors=True)
 
+    def _reached(self, job: Job) -> str:
+        task = task_of(self.plan)
+        quality = task.quality
+        value = task.figures(read_json(job.folder(self.out) / SUMMARY_FILE))[f"eval_{quality.key}"]
+        return f"{quality.words} {value:.2f}{quality.unit}"
+
     def _say(self, text: str) -> None:
         if self.progress:
             sys.stderr.write(f"{text}\n")
 
 
-def do(job: Job, plan: Plan, resolved: ResolvedStage, source: Path | None, *, progress: bool) -> None:
+def do(job: Job, plan: AnyPlan, resolved: ResolvedStage, source: Path | None, *, progress: bool) -> None:
     """Do one job. A learning rate under which training collapses is a result if there are others to try."""
     if job.learning_rate is None:
         assert source is not None
@@ -294,17 +281,6 @@ class _Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
-
-    def __enter__(self) -> "_Stop":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def children(self) -> None:
         """Ask the workers to save and end."""
@@ -315,6 +291,7 @@ class _Stop:
             if process.pid is not None:
                 os.kill(process.pid, signal.SIGTERM)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler of both signals."""
         self.asked = False  # a second signal reaches them too: they stop at once
         self.children()

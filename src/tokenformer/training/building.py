@@ -83,9 +83,14 @@ def model_config(given: ModelRecipe, *, vocab_size: int, sequence_length: int) -
 
 def load_any(folder: str | Path) -> PreTrainedModel:
     """The TokenFormer or the Transformer in a folder, in evaluation mode."""
+    return load_transformer(folder) if kind_of_model(folder) == "gpt_neox" else load_model(folder)
+
+
+def kind_of_model(folder: str | Path) -> str | None:
+    """The model_type of the configuration in a folder; None where there is none, or none that can be read."""
     file = Path(folder) / "config.json"
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
-    except (ValueError, AttributeError):  # load_model says what is wrong with it
-        kind = None
-    return load_transformer(folder) if kind == "gpt_neox" else load_model(folder)
+    except (ValueError, AttributeError):  # what loads the model says what is wrong with it
+        return None
+    return kind if isinstance(kind, str) else None

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,14 +27,17 @@ METRICS_FILE = "metrics.jsonl"
 class Metrics(TrainerCallback):
     """Appends one line of JSON per log to metrics.jsonl: step, tokens, FLOPs, seconds and what was measured.
 
+    Args:
+        run: folder of the run.
+        per_step: how much of `tokens`, `flops` and the like a step is.
+
     `seconds` counts time spent training, over all sessions of the run. Lines after the checkpoint that a run resumes
     from are dropped, so that the file reads as if the run had never stopped.
     """
 
-    def __init__(self, run: Path, tokens_per_step: int, flops_per_token: int) -> None:
+    def __init__(self, run: Path, per_step: Mapping[str, int]) -> None:
         self.path = run / METRICS_FILE
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token = flops_per_token
+        self.per_step = per_step
         self.seconds_before = 0.0
         self.started = time.perf_counter()
 
@@ -78,9 +81,8 @@ class Metrics(TrainerCallback):
         logs.pop("epoch", None)
         if "train_runtime" in logs:
             return
-        tokens = state.global_step * self.tokens_per_step
-        head = {"step": state.global_step, "tokens": tokens, "flops": tokens * self.flops_per_token}
-        line = {**head, "seconds": round(self.seconds, 3), **logs}
+        done = {name: state.global_step * count for name, count in self.per_step.items()}
+        line = {"step": state.global_step, **done, "seconds": round(self.seconds, 3), **logs}
         with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -99,10 +101,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class ProgressBar(TrainerCallback):
-    """A progress bar on stderr with the loss and the speed."""
+    """A progress bar on stderr with the loss and the speed.
 
-    def __init__(self, title: str, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    Args:
+        title: before the bar.
+        unit: what the speed counts, such as tokens.
+        per_step: how many of them a step is.
+    """
+
+    def __init__(self, title: str, unit: str, per_step: int) -> None:
+        self.unit, self.per_step = unit, per_step
         self.progress = Progress(
             TextColumn(title),
             BarColumn(),
@@ -137,8 +145,8 @@ class ProgressBar(TrainerCallback):
         """Show the newest loss."""
         step, since = self.clock
         if logs and "loss" in logs:
-            speed = (state.global_step - step) * self.tokens_per_step / max(time.perf_counter() - since, 1e-9)
-            self.progress.update(self.task, note=f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s")
+            speed = (state.global_step - step) * self.per_step / max(time.perf_counter() - since, 1e-9)
+            self.progress.update(self.task, note=f"loss {logs['loss']:.3f}  {speed:,.0f} {self.unit}/s")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -185,24 +193,27 @@ class AnnealScale(TrainerCallback):
             layer.scale.fill_(end if done >= self.steps else start + (end - start) * done / self.steps)
 
 
+@contextmanager
+def signals_to(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM call `handle` meanwhile; outside the main thread Python allows no handlers."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once, without saving."""
+    """Finish the step, save, stop, once `ask` was called; a second call stops at once, without saving."""
 
     def __init__(self) -> None:
         self.stopped = False
-        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopOnSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """The handler of Ctrl-C and SIGTERM."""
         if self.stopped:
             raise KeyboardInterrupt("stopped at once; the same command resumes from the last checkpoint")
         self.stopped = True

@@ -146,15 +146,26 @@ class RowsWithoutSkipped(Sampler[int]):
         batches_per_step: forward passes of an optimizer step.
         skips: what to leave out.
         skip_rows: rows to pass over first; the order of the next epoch then begins that many rows before the end.
+        whole_steps: leave out the rows at the end of an epoch that do not fill a step, which would be a smaller one.
     """
 
     def __init__(
-        self, rows: Sized, *, seed: int, batch_size: int, batches_per_step: int, skips: list[Skip], skip_rows: int = 0
+        self,
+        rows: Sized,
+        *,
+        seed: int,
+        batch_size: int,
+        batches_per_step: int,
+        skips: list[Skip],
+        skip_rows: int = 0,
+        whole_steps: bool = False,
     ) -> None:
         self.shuffled = SeedableRandomSampler(rows, data_seed=seed)
         self.batch_size = batch_size
         self.batches_per_step = batches_per_step
         self.batches_per_epoch = len(rows) // batch_size
+        if whole_steps:
+            self.batches_per_epoch -= self.batches_per_epoch % batches_per_step
         self.skips = skips
         self.skip_batches = -(-skip_rows // batch_size)
         self.epoch = 0

@@ -1,14 +1,94 @@
-"""The recipe of a training run: typed, written as YAML, every field overridable on the command line."""
+"""Recipes of training runs: typed, written as YAML, every field overridable on the command line."""
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
 from tokenformer.errors import UserError
+
+
+class RunRecipe:
+    """What every recipe has, whatever is trained: a folder, an optimizer, steps, and its own file."""
+
+    out: str
+    model: Any
+    data: Any
+    optimizer: Any
+    training: Any
+
+    def to_yaml(self) -> str:
+        """The recipe as it is written into the run's folder."""
+        return yaml.safe_dump(dataclasses.asdict(cast(Any, self)), sort_keys=False)
+
+    def difference(self, folder: Path) -> str | None:
+        """The first field in which this recipe differs from the one that made `folder`, as a sentence; None if none.
+
+        `out` may differ (a run's folder can be moved), and so may what does not touch the numbers. A field that the
+        version which made `folder` did not have counts as its default.
+        """
+        theirs = _flatten(dataclasses.asdict(cast(Any, type(self)())))
+        theirs |= _flatten(yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {})
+        for name, mine in _flatten(dataclasses.asdict(cast(Any, self))).items():
+            if name not in _FREE and theirs.get(name) != mine:
+                return f"{name} is {theirs.get(name)} there and {mine} here"
+        return None
+
+    def _validate_shared(self) -> None:
+        """Raise `UserError` on the first value that no run can have, naming the field."""
+        if not self.out:
+            raise UserError("out: give the folder of the run, for instance --out runs/first")
+        if self.model.path and self.model.preset:
+            raise UserError("model.path and model.preset exclude each other: a folder already has its sizes")
+        if self.optimizer.state == "carried" and not self.model.path:
+            raise UserError("optimizer.state 'carried' needs model.path: a new model has no moments to carry")
+        require_positive(self, {"optimizer": ("learning_rate", "max_grad_norm"), "training": _STEPS})
+        for name in ("eval_every", "save_every"):
+            if getattr(self.training, name) < 0:
+                raise UserError(f"training.{name} must not be negative, got {getattr(self.training, name)}")
+        for name in ("warmup", "min_ratio", "anneal_scale", "schedule_from", "schedule_to"):
+            if not 0 <= getattr(self.optimizer, name) <= 1:
+                raise UserError(f"optimizer.{name} must lie between 0 and 1, got {getattr(self.optimizer, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self.optimizer, name) < 1:
+                raise UserError(f"optimizer.{name} must lie in [0, 1), got {getattr(self.optimizer, name)}")
+        if self.optimizer.schedule_from >= self.optimizer.schedule_to:
+            raise UserError(
+                f"optimizer.schedule_from {self.optimizer.schedule_from} must lie below "
+                f"optimizer.schedule_to {self.optimizer.schedule_to}"
+            )
+        self._validate_growth()
+        if not 0 <= self.training.collapse_rise < math.inf:
+            raise UserError(f"training.collapse_rise must not be negative, got {self.training.collapse_rise}")
+        if self.optimizer.weight_decay < 0:
+            raise UserError(f"optimizer.weight_decay must not be negative, got {self.optimizer.weight_decay}")
+        micro = self.training.micro_batch_size
+        if micro is not None and self.training.batch_size % micro:
+            raise UserError(
+                f"training.batch_size {self.training.batch_size} is not a multiple of training.micro_batch_size {micro}"
+            )
+
+    def _validate_growth(self) -> None:
+        """What only a model that was grown can be asked for."""
+        optimizer = self.optimizer
+        if not 0 <= optimizer.old_tokens <= _MAX_OLD_TOKENS:
+            raise UserError(
+                f"optimizer.old_tokens must lie between 0 (frozen) and {_MAX_OLD_TOKENS}, got {optimizer.old_tokens}"
+            )
+        if optimizer.old_tokens != 1 and not self.model.path:
+            raise UserError(
+                f"optimizer.old_tokens {optimizer.old_tokens} needs model.path, a folder of `tokenformer grow`: a new "
+                "model has no old tokens"
+            )
+        if optimizer.anneal_scale > 0 and not self.model.path:
+            raise UserError(
+                f"optimizer.anneal_scale {optimizer.anneal_scale} needs model.path: the scale of a new model is the "
+                "published one"
+            )
 
 
 @dataclass
@@ -109,13 +189,12 @@ class OptimizerRecipe:
 
 
 @dataclass
-class TrainingRecipe:
-    """How long, how large, how exact.
+class StepsRecipe:
+    """How large and how exact the steps of a run are, and what is written down beside them.
 
     Args:
-        tokens: budget; training stops at the first step that reaches it.
-        batch_size: sequences per optimizer step.
-        micro_batch_size: sequences per forward pass; the batch itself if not given.
+        batch_size: rows (sequences or images) per optimizer step.
+        micro_batch_size: rows per forward pass; the batch itself if not given.
         precision: auto takes bf16 where the hardware multiplies it fast, else fp32; fp16 needs a GPU.
         compile: torch.compile; auto compiles when the run is long enough to earn the compile time back.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
@@ -131,7 +210,6 @@ class TrainingRecipe:
             only what is not finite.
     """
 
-    tokens: int = 10_000_000
     batch_size: int = 16
     micro_batch_size: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -148,8 +226,19 @@ class TrainingRecipe:
 
 
 @dataclass
-class Recipe:
-    """A training run.
+class TrainingRecipe(StepsRecipe):
+    """How long a language model is trained, and the fields of `StepsRecipe`.
+
+    Args:
+        tokens: budget; training stops at the first step that reaches it.
+    """
+
+    tokens: int = 10_000_000
+
+
+@dataclass
+class Recipe(RunRecipe):
+    """A training run of a language model.
 
     Args:
         out: folder of the run: recipe, metrics, checkpoints and, at the end, the model.
@@ -167,103 +256,40 @@ class Recipe:
 
     def validate(self) -> None:
         """Raise `UserError` on the first value that cannot be, naming the field."""
-        if not self.out:
-            raise UserError("out: give the folder of the run, for instance --out runs/first")
         if not self.data.path:
             raise UserError("data.path: give a folder written by `tokenformer data prepare`, or tokenised .bin files")
-        if self.model.path and self.model.preset:
-            raise UserError("model.path and model.preset exclude each other: a folder already has its sizes")
         if self.model.family == "gpt_neox" and self.model.preset:
             raise UserError("model.preset: the presets are TokenFormers; give the sizes of a gpt_neox")
-        if self.optimizer.state == "carried" and not self.model.path:
-            raise UserError("optimizer.state 'carried' needs model.path: a new model has no moments to carry")
-        for section, names in _POSITIVE.items():
-            for name in names:
-                value = getattr(getattr(self, section), name)
-                if value is not None and not value > 0:
-                    raise UserError(f"{section}.{name} must be positive, got {value}")
+        self._validate_shared()
+        require_positive(self, {"model": SIZES, "data": ("sequence_length", "held_out_rows"), "training": ("tokens",)})
         if self.data.skip_rows < 0:
             raise UserError(f"data.skip_rows must not be negative, got {self.data.skip_rows}")
-        for name in ("eval_every", "save_every"):
-            if getattr(self.training, name) < 0:
-                raise UserError(f"training.{name} must not be negative, got {getattr(self.training, name)}")
-        for name in ("warmup", "min_ratio", "anneal_scale", "schedule_from", "schedule_to"):
-            if not 0 <= getattr(self.optimizer, name) <= 1:
-                raise UserError(f"optimizer.{name} must lie between 0 and 1, got {getattr(self.optimizer, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self.optimizer, name) < 1:
-                raise UserError(f"optimizer.{name} must lie in [0, 1), got {getattr(self.optimizer, name)}")
-        if self.optimizer.schedule_from >= self.optimizer.schedule_to:
-            raise UserError(
-                f"optimizer.schedule_from {self.optimizer.schedule_from} must lie below "
-                f"optimizer.schedule_to {self.optimizer.schedule_to}"
-            )
-        self._validate_growth()
-        if not 0 <= self.training.collapse_rise < math.inf:
-            raise UserError(f"training.collapse_rise must not be negative, got {self.training.collapse_rise}")
-        if self.optimizer.weight_decay < 0:
-            raise UserError(f"optimizer.weight_decay must not be negative, got {self.optimizer.weight_decay}")
-        micro = self.training.micro_batch_size
-        if micro is not None and self.training.batch_size % micro:
-            raise UserError(
-                f"training.batch_size {self.training.batch_size} is not a multiple of training.micro_batch_size {micro}"
-            )
-
-    def _validate_growth(self) -> None:
-        """What only a model that was grown can be asked for."""
-        optimizer = self.optimizer
-        if not 0 <= optimizer.old_tokens <= _MAX_OLD_TOKENS:
-            raise UserError(
-                f"optimizer.old_tokens must lie between 0 (frozen) and {_MAX_OLD_TOKENS}, got {optimizer.old_tokens}"
-            )
-        if optimizer.old_tokens != 1 and not self.model.path:
-            raise UserError(
-                f"optimizer.old_tokens {optimizer.old_tokens} needs model.path, a folder of `tokenformer grow`: a new "
-                "model has no old tokens"
-            )
-        if optimizer.anneal_scale > 0 and not self.model.path:
-            raise UserError(
-                f"optimizer.anneal_scale {optimizer.anneal_scale} needs model.path: the scale of a new model is the "
-                "published one"
-            )
-
-    def to_yaml(self) -> str:
-        """The recipe as it is written into the run's folder."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-
-    def difference(self, folder: Path) -> str | None:
-        """The first field in which this recipe differs from the one that made `folder`, as a sentence; None if none.
-
-        `out` may differ (a run's folder can be moved), and so may what does not touch the numbers. A field that the
-        version which made `folder` did not have counts as its default.
-        """
-        theirs = _flatten(dataclasses.asdict(Recipe()))
-        theirs |= _flatten(yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {})
-        for name, mine in _flatten(dataclasses.asdict(self)).items():
-            if name not in _FREE and theirs.get(name) != mine:
-                return f"{name} is {theirs.get(name)} there and {mine} here"
-        return None
 
 
 RECIPE_FILE = "recipe.yaml"
 _MAX_OLD_TOKENS = 1000
 # on_collapse is free so that a run which stopped over a collapse can go on by skipping.
 _FREE = {"out", "training.threads", "training.keep_checkpoints", "training.save_every", "training.on_collapse"}
-_POSITIVE = {
-    "model": (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "qkv",
-        "output",
-        "ffn",
-        "value_initializer_range",
-        "intermediate_size",
-    ),
-    "data": ("sequence_length", "held_out_rows"),
-    "optimizer": ("learning_rate", "max_grad_norm"),
-    "training": ("tokens", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "threads"),
-}
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "qkv",
+    "output",
+    "ffn",
+    "value_initializer_range",
+    "intermediate_size",
+)
+_STEPS = ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "threads")
+
+
+def require_positive(recipe: Any, fields: Mapping[str, Iterable[str]]) -> None:
+    """Raise `UserError` on the first of the fields, named by section, that is given and not above 0."""
+    for section, names in fields.items():
+        for name in names:
+            value = getattr(getattr(recipe, section), name)
+            if value is not None and not value > 0:
+                raise UserError(f"{section}.{name} must be positive, got {value}")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import math
 import shutil
 import sys
 import time
@@ -12,18 +11,13 @@ from typing import Any, cast
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
-from tokenformer.data import TrainingData, open_data
 from tokenformer.errors import UserError
-from tokenformer.evaluation import evaluate_perplexity
-from tokenformer.evaluation.perplexity import evenly_spaced
 from tokenformer.folders import CHECKPOINTS, PARTIAL, saving, step_of, whole_checkpoints, write_atomically
 from tokenformer.hardware import autocast_dtype, peak_flops, pick_device, pick_precision, set_threads
-from tokenformer.models.cost import non_embedding_parameters, training_flops_per_token
-from tokenformer.training.building import build_model
 from tokenformer.training.callbacks import (
     METRICS_FILE,
     AnnealScale,
@@ -31,21 +25,25 @@ from tokenformer.training.callbacks import (
     ProgressBar,
     StopOnSignal,
     read_metrics,
+    signals_to,
 )
 from tokenformer.training.collapse import SKIPS_FILE, Collapse, LossRise, read_skips, skip_batches
+from tokenformer.training.image_recipe import ImageRecipe
+from tokenformer.training.language import LanguageTask
 from tokenformer.training.recipe import RECIPE_FILE, Recipe
-from tokenformer.training.trainer import LanguageTrainer, carried_state, collate, old_parameters
+from tokenformer.training.task import Task
+from tokenformer.training.trainer import RunTrainer, carried_state, old_parameters
 
 SUMMARY_FILE = "summary.json"
 DATA_FILE = "data.json"
 
 
-def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dict[str, Any]:
-    """Train a language model as `recipe` says, resuming a run that was stopped.
+def train(recipe: Recipe | ImageRecipe, *, progress: bool = True, title: str = "train") -> dict[str, Any]:
+    """Train a language model or an image classifier as `recipe` says, resuming a run that was stopped.
 
     Writes to `recipe.out`: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, skips.json where it skipped batches
-    after a collapse, and at the end the model (loadable with from_pretrained), its tokenizer and summary.json, whose
-    presence means that the run is complete.
+    after a collapse, and at the end the model (loadable with from_pretrained), its tokenizer or image processor, and
+    summary.json, whose presence means that the run is complete.
 
     Args:
         recipe: what to do.
@@ -53,9 +51,9 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
         title: before the bar.
 
     Returns:
-        The summary: tokens, flops, seconds, tokens_per_second, mfu (None where the peak is unknown), and the held-out
-        figures `eval_loss` (nats per token), `eval_perplexity`, `eval_bits_per_byte`; `skips`, what was left out after
-        each collapse.
+        The summary: tokens, flops, seconds, tokens_per_second, mfu (None where the peak is unknown); the held-out
+        figures, `eval_loss` (nats per token, or per image) and `eval_perplexity`, `eval_bits_per_byte` or `eval_top1`,
+        `eval_top5`; `skips`, what was left out after each collapse.
 
     Raises:
         UserError: anything in the recipe, the data or the folder that cannot work, before anything is written; a
@@ -79,7 +77,7 @@ def train(recipe: Recipe, *, progress: bool = True, title: str = "train") -> dic
         gc.collect()  # the model that collapsed
 
 
-def _train(recipe: Recipe, progress: bool, title: str) -> dict[str, Any]:
+def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str, Any]:
     """`train` from the last whole checkpoint on, up to the end or a collapse."""
     run = Path(recipe.out)
     finished = _check_folder(run, recipe)
@@ -88,15 +86,8 @@ def _train(recipe: Recipe, progress: bool, title: str) -> dict[str, Any]:
     threads = set_threads(recipe.training.threads)
     device = pick_device()
     precision = pick_precision(recipe.training.precision, device)
-    options = dataclasses.asdict(recipe.data)
-    held_out_rows, skip_rows = options.pop("held_out_rows"), options.pop("skip_rows")
-    data = open_data(**options)
-    held_out = evenly_spaced(data.held_out, held_out_rows)
-    steps = _steps(recipe, data)
-    set_seed(recipe.training.seed)
-    model = build_model(recipe, data)
-    tokens_per_byte = data.tokens_per_byte("held_out", progress=progress)
-    optimizer = recipe.optimizer
+    task = open_task(recipe, progress=progress)
+    model, steps, optimizer = task.model, task.steps, recipe.optimizer
     carried = carried_state(Path(str(recipe.model.path))) if optimizer.state == "carried" else None
     old = old_parameters(model) if optimizer.old_tokens != 1 else set()
     anneal = [AnnealScale(model, optimizer.anneal_scale * steps)] if optimizer.anneal_scale > 0 else []
@@ -106,51 +97,46 @@ def _train(recipe: Recipe, progress: bool, title: str) -> dict[str, Any]:
         run.mkdir(parents=True, exist_ok=True)
         if not (run / RECIPE_FILE).exists():
             write_atomically(run / RECIPE_FILE, recipe.to_yaml())
-        _check_data(run, data)
+        _check_data(run, task)
     shutil.rmtree(run / CHECKPOINTS / PARTIAL, ignore_errors=True)
     checkpoints = whole_checkpoints(run)
     resumed = checkpoints[-1] if checkpoints else None
     skips = read_skips(run)
-
-    flops_per_token = training_flops_per_token(model, data.sequence_length)
-    tokens_per_step = recipe.training.batch_size * data.sequence_length
-    metrics = Metrics(run, tokens_per_step, flops_per_token)
+    metrics = Metrics(run, task.per_step)
     stop = StopOnSignal()
-    batch = recipe.training.micro_batch_size or recipe.training.batch_size
 
     def evaluate(candidate: torch.nn.Module) -> dict[str, float]:
         with metrics.paused():
-            return evaluate_perplexity(candidate, held_out, tokens_per_byte=tokens_per_byte, batch_size=batch)
+            return task.evaluate(candidate, device=device)
 
-    trainer = LanguageTrainer(
+    trainer = task.trainer(
+        evaluate,
         run=run,
         keep_checkpoints=recipe.training.keep_checkpoints,
         autocast=None if precision == "fp16" else autocast_dtype(precision),  # fp16 scales its loss in accelerate
-        evaluate_with=evaluate,
         carried=carried,
         old=old,
         old_rate=optimizer.old_tokens,
         schedule=(optimizer.schedule_from, optimizer.schedule_to),
         loss_rise=LossRise(recipe.training.collapse_rise) if recipe.training.collapse_rise > 0 else None,
         skips=skips,
-        skip_rows=skip_rows,
         model=model,
-        args=_arguments(recipe, run, steps, precision, device),
-        train_dataset=data.train,
-        eval_dataset=held_out,
+        args=_arguments(recipe, task, precision, device),
+        train_dataset=task.train_rows,
+        eval_dataset=task.held_out_rows,
         callbacks=[
             metrics,
             stop,
             TensorBoardCallback(SummaryWriter(str(run / "tensorboard"), purge_step=step_of(resumed) if resumed else 0)),
-            *([ProgressBar(title, tokens_per_step)] if progress else []),
+            *([ProgressBar(title, task.unit, task.per_step[task.unit])] if progress else []),
             *anneal,
         ],
     )
     trainer.remove_callback(PrinterCallback)
     compile_seconds = 0.0
-    with stop:
+    with signals_to(stop.ask):
         if resumed is None or step_of(resumed) < steps:
-            compile_seconds = _compile(trainer, recipe, flops_per_token, data)
+            compile_seconds = _compile(trainer, recipe, task)
             try:
                 trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
             except Collapse as collapse:
@@ -169,36 +155,43 @@ def _train(recipe: Recipe, progress: bool, title: str) -> dict[str, Any]:
 
     last = read_metrics(run / METRICS_FILE)[-1]
     seconds = last["seconds"]
-    tokens = steps * tokens_per_step
-    speed = tokens / seconds
+    done = {name: steps * count for name, count in task.per_step.items()}
     peak = peak_flops(device)
     summary = {
         "steps": steps,
-        "tokens": tokens,
-        "flops": tokens * flops_per_token,
+        **done,
         "seconds": seconds,
         "compile_seconds": round(compile_seconds, 3),
-        "tokens_per_second": speed,
-        "mfu": speed * flops_per_token / peak if peak else None,
-        **{name: last[name] for name in ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_tokens")},
-        "parameters": model.num_parameters(),
-        "non_embedding_parameters": non_embedding_parameters(model),
-        "learning_rate": recipe.optimizer.learning_rate,
+        **{f"{name}_per_second": count / seconds for name, count in done.items() if name != "flops"},
+        "mfu": done["flops"] / seconds / peak if peak else None,
+        **task.summary(last),
+        "learning_rate": task.learning_rate,
         "skips": [dataclasses.asdict(skip) for skip in skips],
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": threads,
         "seed": recipe.training.seed,
     }
-    model.config.use_cache = True
     with saving(run):
-        model.save_pretrained(run)
-        data.save_tokenizer(run)
+        task.save(run, trainer)
         write_atomically(run / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _check_folder(run: Path, recipe: Recipe) -> dict[str, Any] | None:
+def open_task(recipe: Recipe | ImageRecipe, *, progress: bool = False) -> Task:
+    """Data and model of a recipe; nothing is written.
+
+    Raises:
+        UserError: they are missing, damaged, or do not fit together.
+    """
+    if isinstance(recipe, Recipe):
+        return LanguageTask(recipe, progress=progress)
+    from tokenformer.training.images import ImageTask  # kornia and scikit-learn are no dependencies of language models
+
+    return ImageTask(recipe)
+
+
+def _check_folder(run: Path, recipe: Recipe | ImageRecipe) -> dict[str, Any] | None:
     """The summary if this very run is complete; raises if the folder holds something else."""
     if not run.exists():
         return None
@@ -221,40 +214,31 @@ def _check_folder(run: Path, recipe: Recipe) -> dict[str, Any] | None:
     return None
 
 
-def _check_data(run: Path, data: TrainingData) -> None:
+def _check_data(run: Path, task: Task) -> None:
     """Remember what the run is trained on, or see that it is still the same: the path alone does not tell."""
     file = run / DATA_FILE
     if not file.exists():
-        write_atomically(file, json.dumps(data.fingerprints, indent=2) + "\n")
-    elif json.loads(file.read_text(encoding="utf-8")) != data.fingerprints:
+        write_atomically(file, json.dumps(task.fingerprints, indent=2) + "\n")
+    elif json.loads(file.read_text(encoding="utf-8")) != task.fingerprints:
         raise UserError(
-            f"{data.path} was changed or prepared anew since {run} began: bring the old data back, or give another out"
+            f"{task.source} was changed or prepared anew since {run} began: bring the old data back, or give another "
+            "out"
         )
 
 
-def _steps(recipe: Recipe, data: TrainingData) -> int:
-    batch = recipe.training.batch_size
-    if len(data.train) < batch:
-        raise UserError(
-            f"{data.path} has {len(data.train)} training rows, fewer than training.batch_size {batch}: "
-            "use a smaller batch, shorter sequences or more text"
-        )
-    return math.ceil(recipe.training.tokens / (batch * data.sequence_length))
-
-
-def _arguments(recipe: Recipe, run: Path, steps: int, precision: str, device: torch.device) -> TrainingArguments:
+def _arguments(recipe: Recipe | ImageRecipe, task: Task, precision: str, device: torch.device) -> TrainingArguments:
     training, optimizer = recipe.training, recipe.optimizer
     micro = training.micro_batch_size or training.batch_size
     cosine = optimizer.schedule == "cosine"
     return TrainingArguments(
-        output_dir=str(run / CHECKPOINTS),
+        output_dir=str(Path(recipe.out) / CHECKPOINTS),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=training.batch_size // micro,
-        max_steps=steps,
-        learning_rate=optimizer.learning_rate,
+        max_steps=task.steps,
+        learning_rate=task.learning_rate,
         lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
         lr_scheduler_kwargs={"min_lr_rate": optimizer.min_ratio} if cosine else None,
-        warmup_steps=round(optimizer.warmup * steps / (optimizer.schedule_to - optimizer.schedule_from)),
+        warmup_steps=round(task.warmup * task.steps / (optimizer.schedule_to - optimizer.schedule_from)),
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.beta1,
         adam_beta2=optimizer.beta2,
@@ -263,12 +247,15 @@ def _arguments(recipe: Recipe, run: Path, steps: int, precision: str, device: to
         logging_steps=training.log_every,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=training.eval_every or steps,
+        eval_steps=training.eval_every or task.steps,
         save_strategy="steps",
-        save_steps=training.save_every or steps,
+        save_steps=training.save_every or task.steps,
         seed=training.seed,
         data_seed=training.seed,
         dataloader_drop_last=True,
+        dataloader_num_workers=recipe.data.workers if isinstance(recipe, ImageRecipe) else 0,
+        dataloader_persistent_workers=isinstance(recipe, ImageRecipe) and recipe.data.workers > 0,
+        remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
         disable_tqdm=True,
@@ -276,21 +263,19 @@ def _arguments(recipe: Recipe, run: Path, steps: int, precision: str, device: to
     )
 
 
-def _compile(trainer: LanguageTrainer, recipe: Recipe, flops_per_token: int, data: TrainingData) -> float:
+def _compile(trainer: RunTrainer, recipe: Recipe | ImageRecipe, task: Task) -> float:
     """Compile the model and try one step; go on without where that fails. Returns the seconds it took."""
-    choice = recipe.training.compile
-    if choice == "off" or (choice == "auto" and not _compile_pays(recipe, flops_per_token, trainer.args.device)):
+    choice, device = recipe.training.compile, trainer.args.device
+    if choice == "off" or (choice == "auto" and not _compile_pays(task.steps * task.per_step["flops"], device)):
         return 0.0
     model = cast(torch.nn.Module, trainer.model)
     started = time.perf_counter()
-    micro = recipe.training.micro_batch_size or recipe.training.batch_size
-    batch = {k: v.to(trainer.args.device) for k, v in collate([data.train[i] for i in range(micro)]).items()}
     torch.compiler.reset()  # a process that has compiled several models would give up on the next one
     try:
         model.compile(dynamic=False)
         model.train()
         with trainer.compute_loss_context_manager():
-            model(**batch, use_cache=False).loss.backward()
+            task.example_loss(model, device).backward()
     except Exception as error:  # whatever the compiler stumbles over, the uncompiled model trains
         if choice == "on":
             raise UserError(f"torch.compile failed ({_first_line(error)}): set training.compile to off") from error
@@ -300,9 +285,8 @@ def _compile(trainer: LanguageTrainer, recipe: Recipe, flops_per_token: int, dat
     return time.perf_counter() - started
 
 
-def _compile_pays(recipe: Recipe, flops_per_token: int, device: torch.device) -> bool:
+def _compile_pays(flops: int, device: torch.device) -> bool:
     """Whether the run is long enough to earn back half a minute of compiling; docs/training.md has the figures."""
-    flops = recipe.training.tokens * flops_per_token
     return flops > (5e13 if device.type == "cpu" else 1e16)
 
 

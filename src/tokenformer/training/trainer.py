@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Collection, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +25,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-class LanguageTrainer(Trainer):
-    """Trains a causal language model on packed rows.
+class RunTrainer(Trainer):
+    """What every run needs of a Trainer, whatever it trains.
 
     Args:
         run: folder of the run; checkpoints go to `run/checkpoints`.
@@ -36,6 +36,7 @@ class LanguageTrainer(Trainer):
         carried: named optimizer state to start from (`carried_state`).
         old: names of the parameters that were there before growing (`old_parameters`), where they are to be told apart.
         old_rate: their learning rate as a share of that of the others; 0 freezes them.
+        rates: learning rates of single parameters by name, as a share of what they would be otherwise.
         schedule: which part of the learning rate's schedule these steps are, as (from, to) in [0, 1]; the arguments'
             `warmup_steps` are those of the whole schedule.
         loss_rise: what counts as a collapse beside a loss that is not finite.
@@ -54,13 +55,14 @@ class LanguageTrainer(Trainer):
         carried: dict[str, dict[str, torch.Tensor]] | None = None,
         old: Collection[str] = (),
         old_rate: float = 1.0,
+        rates: Mapping[str, float] | None = None,
         schedule: tuple[float, float] = (0.0, 1.0),
         loss_rise: LossRise | None = None,
         skips: Sequence[Skip] = (),
         skip_rows: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_collator=collate, **kwargs)
+        super().__init__(**kwargs)
         self.run = run
         self.keep_checkpoints = keep_checkpoints
         self.autocast = autocast
@@ -68,6 +70,7 @@ class LanguageTrainer(Trainer):
         self.carried = carried
         self.old = old
         self.old_rate = old_rate
+        self.rates = rates or {}
         self.schedule = schedule
         self.loss_rise = loss_rise
         self.skips = list(skips)
@@ -78,8 +81,8 @@ class LanguageTrainer(Trainer):
         if old_rate == 0:
             for name, parameter in cast(nn.Module, self.model).named_parameters():
                 parameter.requires_grad_(name not in old)
-        # Rows are of one length, so the mean over micro-batches is the mean over tokens; counting labels instead would
-        # divide by T where T - 1 tokens are predicted.
+        # Micro-batches are equal in size and rows in length, so the mean over micro-batches is that over the batch.
+        # Counting labels instead would divide by T where T - 1 tokens are predicted.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
@@ -126,14 +129,13 @@ class LanguageTrainer(Trainer):
         if self.optimizer is None:
             model = model or cast(nn.Module, self.model)
             decayed = set(self.get_decay_parameter_names(model))
+            # Frozen parameters are not among these.
             named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            # Frozen parameters are not among these. The new ones come first: the first group's learning rate is logged.
-            slow = set(self.old) if self.old_rate not in (0, 1) else set()
-            parts = [([pair for pair in named if pair[0] not in slow], 1.0)]
-            if slow:
-                parts.append(([pair for pair in named if pair[0] in slow], self.old_rate))
+            shares = {name: self._rate_of(name) for name, _ in named}
             groups = []
-            for pairs, rate in parts:
+            # The group that comes first has the learning rate that is logged.
+            for rate in sorted(set(shares.values()), key=lambda rate: (rate != 1, -rate)):
+                pairs = [pair for pair in named if shares[pair[0]] == rate]
                 lr = self.args.learning_rate * rate
                 decaying, others = ([pair for pair in pairs if (pair[0] in decayed) == does] for does in (True, False))
                 groups.append({"params": decaying, "weight_decay": self.args.weight_decay, "lr": lr})
@@ -143,6 +145,9 @@ class LanguageTrainer(Trainer):
             if self.carried is not None:
                 _restore(self.optimizer, self.carried)
         return self.optimizer
+
+    def _rate_of(self, name: str) -> float:
+        return self.rates.get(name, 1.0) * (self.old_rate if name in self.old else 1.0)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -184,10 +189,17 @@ class LanguageTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure on the held-out rows, log and return it under `eval_` names."""
         with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
-            metrics = {f"eval_{name}": value for name, value in self.evaluate_with(cast(nn.Module, self.model)).items()}
+            metrics = {f"eval_{name}": value for name, value in self.measure().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(self) -> dict[str, float]:
+        """Figures on the held-out rows."""
+        return self.evaluate_with(cast(nn.Module, self.model))
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """Put into a checkpoint what is not in the model, the optimizer and the Trainer's own state: nothing here."""
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # The output embedding is the input embedding, so it is not in the file.
@@ -202,7 +214,16 @@ class LanguageTrainer(Trainer):
         shutil.rmtree(partial, ignore_errors=True)
         with saving(self.run / CHECKPOINTS):
             super()._save_checkpoint(model, trial)
-            publish(partial / f"checkpoint-{self.state.global_step}", self.run, self.keep_checkpoints)
+            checkpoint = partial / f"checkpoint-{self.state.global_step}"
+            self.save_beside(checkpoint)
+            publish(checkpoint, self.run, self.keep_checkpoints)
+
+
+class LanguageTrainer(RunTrainer):
+    """Trains a causal language model on packed rows; arguments are those of `RunTrainer`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(data_collator=collate, **kwargs)
 
 
 def old_parameters(model: nn.Module) -> set[str]:

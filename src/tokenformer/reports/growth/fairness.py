@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from tokenformer.plans.quality import quality_of
 from tokenformer.reports.growth.findings import (
     Results,
     chains,
@@ -28,11 +29,15 @@ def fairness(results: Results) -> list[str]:
 
 
 def _data(results: Results) -> str:
-    rows = results["plan"]["data"].get("held_out_rows")
-    which = f"{rows:,} held-out rows, evenly spaced," if rows else "all held-out rows"
+    quality = quality_of(results)
+    number = results["plan"]["data"].get(quality.held_out)
+    which = f"{number:,} held-out {quality.row}s, evenly spaced," if number else f"all held-out {quality.row}s"
     by_data = _group(results, lambda name: data_of(results, name))
     if len(by_data) == 1:
-        return f"All stages are trained on {next(iter(by_data))} and measured on {which} of it."
+        (data,) = by_data
+        held_out = results["plan"]["data"].get("held_out")
+        elsewhere = quality.row == "image" and isinstance(held_out, str)
+        return f"All stages are trained on {data} and measured on {which} of {held_out if elsewhere else 'it'}."
     listed = "; ".join(f"{labels(results, names)} on {data}" for data, names in by_data.items())
     end = results["subject"][-1]
     return (
@@ -42,8 +47,11 @@ def _data(results: Results) -> str:
 
 
 def _seeds(results: Results) -> str:
+    rows = f"{quality_of(results).row}s"
     by_seeds = _group(results, lambda name: tuple(seeds_of(results, name)))
-    fixed = "A seed fixes the initialisation of what is new and the order of the training rows, for every stage alike."
+    fixed = (
+        f"A seed fixes the initialisation of what is new and the order of the training {rows}, for every stage alike."
+    )
     if len(by_seeds) == 1:
         (seeds,) = by_seeds
         shown = f"Seeds of every stage: {_numbers(seeds)}."
@@ -65,14 +73,17 @@ def _settings(results: Results) -> str:
     stages = (*results["plan"]["stages"], *results["plan"]["baselines"])
     own = [stage["name"] for stage in stages if stage["optimizer"] or stage["training"]]
     lengths = _group(results, lambda name: results["stages"][name]["sequence_length"])
+    augmentation = results["plan"].get("augmentation")
     text = (
         f"Settings of their own have {labels(results, own)} (last table); the others share batch size and optimizer."
         if own
         else "Batch size and optimizer are the same for every stage, but for the learning rate."
     )
+    if augmentation is not None:
+        text += f" Augmentation of every stage: {', '.join(f'{name} {value}' for name, value in augmentation.items())}."
     if len(lengths) > 1:
         listed = "; ".join(f"{labels(results, names)}: {length:,}" for length, names in lengths.items())
-        text += f" Sequence lengths differ: {listed}."
+        text += f" {'Tokens of an image' if augmentation else 'Sequence lengths'} differ: {listed}."
     return text
 
 
@@ -81,9 +92,10 @@ def _rates(results: Results) -> str:
     listed = "; ".join(f"{n} for {labels(results, names)}" for n, names in sorted(by_number.items()))
     text = f"Learning rates given to try: {listed}."
     if max(by_number) > 1:
+        rows = f"{quality_of(results).row}s"
         text += (
-            " Where there are several, the first seed's loss on the same held-out rows that are reported chooses, so "
-            "each figure is that of the best of so many."
+            f" Where there are several, the first seed's loss on the same held-out {rows} that are reported chooses, "
+            "so each figure is that of the best of so many."
         )
     few = [name for n, names in by_number.items() if n < 3 for name in names]
     return text + (f" Fewer than three, so hardly tuned: {labels(results, few)}." if few else "")
@@ -103,14 +115,13 @@ def _sizes(results: Results) -> str:
     sizes = [
         f"{label(results, name)} {results['stages'][name]['non_embedding_parameters'] / own:.3f}" for name in baselines
     ]
-    return f"Parameters without embeddings, {label(results, end)} = 1: {', '.join(sizes)}." if sizes else ""
+    return (
+        f"Parameters {quality_of(results).parameters}, {label(results, end)} = 1: {', '.join(sizes)}." if sizes else ""
+    )
 
 
 def _costs(results: Results) -> str:
-    text = (
-        "FLOPs are counted, not measured: the paper's Table 3, token-token attention and the output embedding "
-        "included, forward and backward."
-    )
+    text = f"FLOPs are counted, not measured: {quality_of(results).flops}, forward and backward."
     extra = {name: max(0, len(stage["sweep"]) - 1) for name, stage in results["stages"].items()}
     if number := sum(extra.values()):
         spent = {name: times * results["stages"][name]["flops"] for name, times in extra.items()}

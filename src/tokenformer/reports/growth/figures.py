@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from tokenformer.plans.quality import quality_of
 from tokenformer.reports.growth.findings import (
     Results,
     chains,
@@ -12,6 +13,7 @@ from tokenformer.reports.growth.findings import (
     flops_text,
     label,
     mean_curve,
+    reached,
     runs,
     spread,
 )
@@ -28,15 +30,16 @@ _BASELINES = (
     "#66c2a4",
 )  # fmt: skip
 _DASHES = ("-", "--", "-.")  # where there are more baselines than colours
-_MARKERS = {"tokenformer": "o", "gpt_neox": "s"}
+_MARKERS = {"tokenformer": "o", "gpt_neox": "s", "vit": "s"}
 _LARGEST = 380.0  # points squared, the area of the largest model
 
 
 def draw_costs(results: Results, cost: str = "flops") -> "Figure | None":
-    """Held-out perplexity over the cumulative cost of every finished stage, and over the cost of the stage alone.
+    """Held-out quality over the cumulative cost of every finished stage, and over the cost of the stage alone.
 
-    The area of a point is the number of parameters without embeddings, error bars are standard deviations over seeds.
-    Stages measured on other text than the subject's last one are left out: their perplexities mean something else.
+    The area of a point is the number of parameters by which models are compared, error bars are standard deviations
+    over seeds. Stages measured on other data than the subject's last one are left out: their figures mean something
+    else.
 
     Args:
         results: of a plan.
@@ -54,7 +57,7 @@ def draw_costs(results: Results, cost: str = "flops") -> "Figure | None":
     unit = {"flops": "training FLOPs", "seconds": "seconds of training"}[cost]
     for axes, cumulative in ((left, True), (right, False)):
         place = {name: _cost(results["stages"][name], cost, cumulative) for name in shown}
-        height = {name: results["stages"][name]["eval_perplexity"] for name in shown}
+        height = {name: reached(results, name) for name in shown}
         for before, after in _steps(results):
             if before in place and after in place:
                 axes.plot(
@@ -105,25 +108,25 @@ def draw_costs(results: Results, cost: str = "flops") -> "Figure | None":
         _scale_axis(axes, "y", [figure["mean"] for figure in height.values()], 3)
         axes.set(
             xlabel=f"{'cumulative ' if cumulative else ''}{unit}{'' if cumulative else ' of the stage alone'}",
-            ylabel="held-out perplexity",
+            ylabel=f"held-out {quality_of(results).name}",
             title="All stages so far" if cumulative else "Each stage alone",
         )
     return figure
 
 
 def draw_ends(results: Results) -> "Figure | None":
-    """Held-out perplexity at the end of every line, the lowest on top; None for fewer than three."""
+    """Held-out quality at the end of every line, the lowest on top; None for fewer than three."""
     from matplotlib.figure import Figure
 
     stages, styles = results["stages"], _styles(results)
     ends = [name for name in chains(results) if comparable(results, name)]
     if len(ends) < 3:
         return None
-    ends.sort(key=lambda name: -stages[name]["eval_perplexity"]["mean"])
+    ends.sort(key=lambda name: -reached(results, name)["mean"])
     figure = Figure(figsize=(11.0, 1.2 + 0.34 * len(ends)), dpi=130, layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(ends):
-        stage, height = stages[name], stages[name]["eval_perplexity"]
+        stage, height = stages[name], reached(results, name)
         axes.errorbar(
             height["mean"],
             i,
@@ -132,14 +135,14 @@ def draw_ends(results: Results) -> "Figure | None":
             marker=_MARKERS[stage["family"]],
             capsize=3,
         )
-        cost = f"{height['mean']:.2f} at {flops_text(stage['cumulative_flops'])} FLOPs"
+        cost = f"{height['mean']:.2f}{quality_of(results).unit} at {flops_text(stage['cumulative_flops'])} FLOPs"
         axes.annotate(cost, (height["mean"], i), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
     axes.set_yticks(range(len(ends)), [_legend(results, stages[name]["chain"]) for name in ends])
     for text in axes.get_yticklabels():
         text.set_parse_math(False)
     axes.set_ylim(-0.5, len(ends) - 0.3)
     axes.margins(x=0.12)
-    axes.set(xlabel="held-out perplexity")
+    axes.set(xlabel=f"held-out {quality_of(results).name}")
     _bare(axes)
     return figure
 
@@ -165,8 +168,8 @@ def draw_curves(results: Results, kind: str) -> "Figure | None":
     for axes in panels:
         for name in shown:
             _draw_life(axes, results, name, curves[name], kind)
-        what = "held-out" if kind == "held_out" else "training"
-        axes.set(xlabel="cumulative training FLOPs", ylabel=f"{what} loss (nats per token)", title="The whole life")
+        loss = f"{'held-out' if kind == 'held_out' else 'training'} loss (nats per {quality_of(results).one})"
+        axes.set(xlabel="cumulative training FLOPs", ylabel=loss, title="The whole life")
     # A model from scratch begins at the logarithm of the vocabulary's size, which would flatten the rest.
     values = [loss for name in shown for loss in _after(stages[name], curves[name], 0 if name in grown else 0.1)]
     _frame(panels[0], values)
@@ -253,7 +256,7 @@ def draw_measures(results: Results) -> "Figure | None":
             )
         axes.set(
             xlabel="cumulative training FLOPs",
-            ylabel="held-out loss (nats per token)",
+            ylabel=f"held-out loss (nats per {quality_of(results).one})",
             title=_plain(f"Measured on {other}"),
         )
         axes.title.set_parse_math(False)

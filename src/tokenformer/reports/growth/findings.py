@@ -5,9 +5,11 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from statistics import fmean, stdev
 from typing import Any
+
+from tokenformer.plans.quality import quality_of
 
 Results = dict[str, Any]
 Spread = dict[str, Any]  # mean, std (None for a single seed) and n
@@ -51,8 +53,22 @@ def planned(results: Results, name: str) -> dict[str, Any]:
 
 
 def data_of(results: Results, name: str) -> str:
-    """The prepared folder that a stage is trained and measured on."""
-    return planned(results, name)["data"] or results["plan"]["data"]["path"]
+    """The prepared folder, or the images, that a stage is trained and measured on."""
+    data = results["plan"]["data"]
+    found: str = planned(results, name)["data"] or data.get("path") or data["train"]
+    return found
+
+
+def reached(results: Results, name: str) -> Spread:
+    """How good a stage is at its end, over seeds; lower is better."""
+    found: Spread = results["stages"][name][f"eval_{quality_of(results).key}"]
+    return found
+
+
+def reached_at(results: Results, point: dict[str, Any]) -> float:
+    """How good a run is at a point of its held-out curve."""
+    # Of language models the perplexity follows from the loss; the error of others does not.
+    return float(point.get(f"eval_{quality_of(results).key}", math.exp(point["loss"])))
 
 
 def chains(results: Results) -> dict[str, list[str]]:
@@ -69,24 +85,26 @@ def comparable(results: Results, name: str) -> bool:
     return finished(results, name) and data_of(results, name) == data_of(results, results["subject"][-1])
 
 
-def mean_curve(stage: dict[str, Any], curve: str, of: Any = float) -> list[tuple[int, float]]:
-    """Cumulative FLOPs and the mean over seeds of `of(loss)`, where every seed has a point.
+def mean_curve(
+    stage: dict[str, Any], curve: str, of: Callable[[dict[str, Any]], float] = lambda point: float(point["loss"])
+) -> list[tuple[int, float]]:
+    """Cumulative FLOPs and the mean over seeds of what `of` takes from a point, where every seed has one.
 
     Args:
         stage: of the results.
         curve: `curve`, the training loss, or `held_out`.
-        of: such as math.exp.
+        of: the loss if not given.
     """
     values: dict[int, list[float]] = defaultdict(list)
     for run in runs(stage):
         for point in run[curve]:
-            values[point["cumulative_flops"]].append(of(point["loss"]))
+            values[point["cumulative_flops"]].append(of(point))
     count = len(runs(stage))
     return sorted((flops, fmean(losses)) for flops, losses in values.items() if len(losses) == count)
 
 
-def flops_to_reach(results: Results, end: str, perplexity: float) -> int | None:
-    """Cumulative FLOPs of the first measurement in the life of `end` at or below a perplexity.
+def flops_to_reach(results: Results, end: str, goal: float) -> int | None:
+    """Cumulative FLOPs of the first measurement in the life of `end` at or below a perplexity or error.
 
     Only what was measured counts, nothing in between: the true cost may be lower, never higher.
     """
@@ -94,11 +112,11 @@ def flops_to_reach(results: Results, end: str, perplexity: float) -> int | None:
         if not comparable(results, name):
             continue
         stage = results["stages"][name]
-        curve = mean_curve(stage, "held_out", math.exp)
+        curve = mean_curve(stage, "held_out", lambda point: reached_at(results, point))
         if not curve or curve[-1][0] < stage["cumulative_flops"]:
-            curve.append((stage["cumulative_flops"], stage["eval_perplexity"]["mean"]))
-        for flops, reached in curve:
-            if reached <= perplexity:
+            curve.append((stage["cumulative_flops"], reached(results, name)["mean"]))
+        for flops, value in curve:
+            if value <= goal:
                 return flops
     return None
 
@@ -108,36 +126,39 @@ def compare(results: Results, baseline: str) -> dict[str, Any]:
 
     Returns:
         `perplexity_change`: relative, negative where the subject is better. `perplexity_spread`: root of the sum of
-        both variances over seeds, on the same scale; None with a single seed. `clear`: whether the change is larger
-        than it. `flops`, `stage_flops`, `seconds`, `non_embedding_parameters`: ratios. `subject_reaches` and
-        `baseline_reaches`: FLOPs at which one first has the final perplexity of the other, and their share of the
-        baseline's FLOPs; None where it never does.
+        both variances over seeds, on the same scale; None with a single seed. Of image classifiers `error_change` and
+        `error_spread`, in points. `clear`: whether the change is larger than the spread. `flops`, `stage_flops`,
+        `seconds`, `non_embedding_parameters`: ratios. `subject_reaches` and `baseline_reaches`: FLOPs at which one
+        first has the final perplexity or error of the other, and their share of the baseline's FLOPs; None where it
+        never does.
     """
     subject = results["subject"][-1]
     own, other = results["stages"][subject], results["stages"][baseline]
-    mine, theirs = own["eval_perplexity"], other["eval_perplexity"]
-    change = mine["mean"] / theirs["mean"] - 1
+    mine, theirs = reached(results, subject), reached(results, baseline)
+    quality = quality_of(results)
+    scale = theirs["mean"] if quality.change == "ratio" else 1.0
+    change = mine["mean"] / scale - 1 if quality.change == "ratio" else mine["mean"] - theirs["mean"]
     both = None if mine["std"] is None or theirs["std"] is None else math.hypot(mine["std"], theirs["std"])
-    relative = None if both is None else both / theirs["mean"]
+    band = None if both is None else both / scale
 
-    def reached(flops: int | None) -> dict[str, float] | None:
+    def when(flops: int | None) -> dict[str, float] | None:
         return None if flops is None else {"flops": flops, "share": flops / other["cumulative_flops"]}
 
     seconds = [stage["cumulative_seconds"]["mean"] for stage in (own, other)]
     return {
         "baseline": baseline,
         "from_scratch": len(other["chain"]) == 1,
-        "perplexity": theirs,
-        "subject_perplexity": mine,
-        "perplexity_change": change,
-        "perplexity_spread": relative,
-        "clear": None if relative is None else abs(change) > relative,
+        quality.key: theirs,
+        f"subject_{quality.key}": mine,
+        f"{quality.key}_change": change,
+        f"{quality.key}_spread": band,
+        "clear": None if band is None else abs(change) > band,
         "non_embedding_parameters": own["non_embedding_parameters"] / other["non_embedding_parameters"],
         "flops": own["cumulative_flops"] / other["cumulative_flops"],
         "stage_flops": own["flops"] / other["flops"],
         "seconds": seconds[0] / seconds[1] if all(seconds) else None,
-        "subject_reaches": reached(flops_to_reach(results, subject, theirs["mean"])),
-        "baseline_reaches": reached(flops_to_reach(results, baseline, mine["mean"])),
+        "subject_reaches": when(flops_to_reach(results, subject, theirs["mean"])),
+        "baseline_reaches": when(flops_to_reach(results, baseline, mine["mean"])),
     }
 
 
@@ -159,9 +180,10 @@ def answer(results: Results) -> str:
             f"Not finished: {done} of {len(stages)} stages have a finished run. The last one, {label(results, end)}, "
             "has none, so nothing can be compared yet."
         )
+    quality = quality_of(results)
     counted = f", all {len(own['chain'])} stages counted" if len(own["chain"]) > 1 else ""
     said = [
-        f"{label(results, end)} ends at held-out perplexity {with_spread(own['eval_perplexity'])} after "
+        f"{label(results, end)} ends at held-out {quality.words} {told(results, reached(results, end))} after "
         f"{flops_text(own['cumulative_flops'])} training FLOPs{counted}."
     ]
     found = comparisons(results)
@@ -175,12 +197,14 @@ def answer(results: Results) -> str:
             else "The plan has no baseline from scratch."
         )
     if len(found) > len(scratch):
-        best = min((end, *(comparison["baseline"] for comparison in found)), key=lambda n: _perplexity(stages[n]))
+        best = min(
+            (end, *(comparison["baseline"] for comparison in found)), key=lambda n: float(reached(results, n)["mean"])
+        )
         said.append(
             f"It is the lowest of the {len(found) + 1} models compared."
             if best == end
             else f"The lowest of the {len(found) + 1} models compared is {label(results, best)} with "
-            f"{with_spread(stages[best]['eval_perplexity'])}."
+            f"{told(results, reached(results, best))}."
         )
     if any(comparison["clear"] is None for comparison in found):
         said.append("Where there is a single seed, the spread is unknown.")
@@ -189,10 +213,11 @@ def answer(results: Results) -> str:
     return " ".join(said)
 
 
-def with_spread(figure: Spread, digits: int = 2) -> str:
-    """Such as `104.21 ± 0.35 (3 seeds)`."""
-    error = "" if figure["std"] is None else f" ± {figure['std']:.{digits}f}"
-    return f"{figure['mean']:.{digits}f}{error} ({figure['n']} seed{'s' if figure['n'] != 1 else ''})"
+def told(results: Results, figure: Spread) -> str:
+    """Such as `104.21 ± 0.35 (3 seeds)`, or `12.30 ± 0.35 % (3 seeds)`."""
+    error = "" if figure["std"] is None else f" ± {figure['std']:.2f}"
+    seeds = f"{figure['n']} seed{'s' if figure['n'] != 1 else ''}"
+    return f"{figure['mean']:.2f}{error}{quality_of(results).unit} ({seeds})"
 
 
 def flops_text(flops: float) -> str:
@@ -200,31 +225,33 @@ def flops_text(flops: float) -> str:
     return f"{flops:.3g}".replace("e+", "e")
 
 
-def change_in_words(comparison: dict[str, Any]) -> str:
-    """Such as `2.6 % lower`, and whether the seeds allow to say so."""
-    percent = f"{100 * abs(comparison['perplexity_change']):.1f}"
+def change_in_words(results: Results, comparison: dict[str, Any]) -> str:
+    """Such as `2.6 % lower` or `0.35 points lower`, and whether the seeds allow to say so."""
+    quality = quality_of(results)
+    change = comparison[f"{quality.key}_change"]
+    ratio = quality.change == "ratio"
+    amount = f"{100 * abs(change):.1f}" if ratio else f"{abs(change):.2f}"
     words = (
-        "equal" if percent == "0.0" else f"{percent} % {'lower' if comparison['perplexity_change'] < 0 else 'higher'}"
+        "equal"
+        if float(amount) == 0
+        else f"{amount} {'%' if ratio else 'points'} {'lower' if change < 0 else 'higher'}"
     )
     return f"{words}, within the spread over seeds" if comparison["clear"] is False else words
 
 
 def _against(results: Results, comparison: dict[str, Any]) -> str:
-    name = label(results, comparison["baseline"])
+    name, quality = label(results, comparison["baseline"]), quality_of(results)
     size = comparison["non_embedding_parameters"]
     sized = "" if abs(size - 1) < 0.02 else f", a model {1 / size:.2f} times its size"
     there = comparison["subject_reaches"]
     share = None if there is None else f"{100 * there['share']:.0f} %"
     reaches = (
-        "it reaches that perplexity at no point measured"
+        f"it reaches that {quality.words} at no point measured"
         if there is None
-        else f"it reaches that perplexity after {share} of that model's FLOPs"
+        else f"it reaches that {quality.words} after {share} of that model's FLOPs"
     )
     return (
-        f"Against {name} with {with_spread(comparison['perplexity'])}{sized}: {change_in_words(comparison)}, at "
+        f"Against {name} with {told(results, comparison[quality.key])}{sized}: "
+        f"{change_in_words(results, comparison)}, at "
         f"{comparison['flops']:.2f} times the FLOPs; {reaches}."
     )
-
-
-def _perplexity(stage: dict[str, Any]) -> float:
-    return float(stage["eval_perplexity"]["mean"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenformer.evaluation.tables import markdown
 from tokenformer.folders import saving, write_atomically
+from tokenformer.plans.quality import quality_of
 from tokenformer.reports.growth.fairness import fairness
 from tokenformer.reports.growth.figures import draw_costs, draw_curves, draw_ends, draw_measures
 from tokenformer.reports.growth.findings import Results, answer, chains, comparisons
@@ -13,13 +14,13 @@ from tokenformer.reports.page import Page
 
 REPORT_FILE = "report.html"
 _POINTS = (
-    "The area of a point is the number of parameters without embeddings, a bar one standard deviation over seeds; round"
-    " is a TokenFormer, square a Transformer. "
+    "The area of a point is the number of parameters {parameters}, a bar one standard deviation over seeds; round"
+    " is a TokenFormer, square a {baseline}. "
 )
 _CAPTIONS = {
     "growth.png": f"{_POINTS}Left: all training FLOPs of a model's life. Right: those of its last stage alone.",
     "growth-seconds.png": f"{_POINTS}The same over wall seconds.",
-    "ends.png": "Held-out perplexity at the end of every line of stages; bars: one standard deviation over seeds.",
+    "ends.png": "Held-out {words} at the end of every line of stages; bars: one standard deviation over seeds.",
     "held-out.png": (
         "Held-out loss over all training FLOPs of a model's life. Thin: single seeds. An open point is the loss "
         "right after growing, before any step; a dotted line leads there from the stage before. The first tenth of a "
@@ -94,7 +95,7 @@ def _page(results: Results, pictures: list[Path]) -> str:
     page.text(answer(results), "answer")
     tables = all_tables(results)
     for picture in pictures:
-        page.figure(picture, _CAPTIONS[picture.name])
+        page.figure(picture, _CAPTIONS[picture.name].format(**vars(quality_of(results))))
     for table in tables:
         _add(page, table)
     page.heading("How fair is it?")

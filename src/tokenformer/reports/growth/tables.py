@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenformer.plans.quality import quality_of
 from tokenformer.reports.growth.findings import (
     Results,
     Spread,
@@ -12,6 +13,7 @@ from tokenformer.reports.growth.findings import (
     flops_text,
     label,
     planned,
+    reached,
     runs,
     spread,
 )
@@ -38,6 +40,7 @@ def all_tables(results: Results) -> list[Table]:
 
 def comparison_table(results: Results) -> Table:
     """The subject's last stage against the end of every baseline."""
+    quality = quality_of(results)
     rows = []
     for found in comparisons(results):
         reaches = [
@@ -47,8 +50,8 @@ def comparison_table(results: Results) -> Table:
         rows.append(
             [
                 label(results, found["baseline"]),
-                plus_minus(found["perplexity"], 2),
-                change_in_words(found),
+                plus_minus(found[quality.key], 2),
+                change_in_words(results, found),
                 f"{found['non_embedding_parameters']:.3f}",
                 f"{found['flops']:.3f}",
                 f"{found['stage_flops']:.3f}",
@@ -57,21 +60,23 @@ def comparison_table(results: Results) -> Table:
             ]
         )
     end = label(results, results["subject"][-1])
-    header = ["baseline", "perplexity", f"{end} is", "parameters", "FLOPs", "FLOPs of the last stage", "seconds"]
+    header = ["baseline", quality.name, f"{end} is", "parameters", "FLOPs", "FLOPs of the last stage", "seconds"]
     return Table(
         f"{end} against every baseline",
-        [*header, "reaches its perplexity at", "it reaches this at"],
+        [*header, f"reaches its {quality.words} at", "it reaches this at"],
         rows,
         note=(
-            f"Parameters (without embeddings), FLOPs and seconds: those of {end} as a multiple of the baseline's, "
+            f"Parameters ({quality.parameters}), FLOPs and seconds: those of {end} as a multiple of the baseline's, "
             "cumulative over stages. The last two columns: the first measurement at or below the other's final "
-            f"perplexity, as a share of the baseline's FLOPs; first {end} on its way, then the baseline on its own."
+            f"{quality.words}, as a share of the baseline's FLOPs; first {end} on its way, then the baseline on its "
+            "own."
         ),
     )
 
 
 def quality_table(results: Results) -> Table:
     """What every stage reached."""
+    quality = quality_of(results)
     rows = []
     for name, stage in results["stages"].items():
         done = runs(stage)
@@ -85,8 +90,8 @@ def quality_table(results: Results) -> Table:
                 NONE if rate is None else f"{rate:g}{' (edge)' if stage['at_edge'] else ''}",
                 plus_minus(spread(run["start_loss"] for run in done), 3),
                 plus_minus(stage["eval_loss"], 4),
-                plus_minus(stage["eval_perplexity"], 2),
-                plus_minus(spread(run["eval_bits_per_byte"] for run in done), 3),
+                plus_minus(reached(results, name), 2),
+                plus_minus(spread(run[f"eval_{quality.second_key}"] for run in done), quality.second_digits),
             ]
         )
     return Table(
@@ -99,27 +104,28 @@ def quality_table(results: Results) -> Table:
             "learning rate",
             "start loss",
             "held-out loss",
-            "perplexity",
-            "bits/byte",
+            quality.name,
+            quality.second,
         ],
         rows,
-        note="Parameters without embeddings. Losses in nats per token, on held-out text; the start loss is that right "
-        "after growing, before any step. ± is the sample standard deviation over seeds.",
+        note=f"Parameters {quality.parameters}. Losses in nats per {quality.one}, on held-out {quality.measured_on}; "
+        "the start loss is that right after growing, before any step. ± is the sample standard deviation over seeds.",
     )
 
 
 def cost_table(results: Results) -> Table:
     """What every stage cost, alone and with all stages before it."""
+    counted = quality_of(results).counted
     rows = []
     for name, stage in results["stages"].items():
-        speed = spread(run["tokens_per_second"] for run in runs(stage))["mean"]
+        speed = spread(run[f"{counted}_per_second"] for run in runs(stage))["mean"]
         utilisation = spread(run["mfu"] for run in runs(stage))["mean"]
         rows.append(
             [
                 label(results, name),
                 count(stage["parameters"]),
-                f"{stage['tokens']:,}",
-                f"{stage['cumulative_tokens']:,}",
+                f"{stage[counted]:,}",
+                f"{stage[f'cumulative_{counted}']:,}",
                 flops_text(stage["flops"]),
                 flops_text(stage["cumulative_flops"]),
                 *(_seconds(stage[key]) for key in ("seconds", "cumulative_seconds")),
@@ -132,13 +138,13 @@ def cost_table(results: Results) -> Table:
         [
             "stage",
             "all parameters",
-            "tokens",
+            counted,
             "cumulative",
             "FLOPs",
             "cumulative",
             "seconds",
             "cumulative",
-            "tokens/s",
+            f"{counted}/s",
             "MFU",
         ],
         rows,
@@ -168,8 +174,8 @@ def measure_table(results: Results) -> Table:
         "Measured on other data",
         ["stage", "trained on", *header],
         rows,
-        note="Held-out loss in nats per token before and after the stage; a change above zero is what "
-        "was forgotten, one below zero what was learned.",
+        note=f"Held-out loss in nats per {quality_of(results).one} before and after the stage; a change above zero is "
+        "what was forgotten, one below zero what was learned.",
     )
 
 
@@ -190,7 +196,7 @@ def sweep_table(results: Results) -> Table:
         ["stage", *(f"{rate:g}" for rate in rates), "remark"],
         rows,
         bold,
-        note="Held-out loss in nats per token, first seed; the best of each stage in bold.",
+        note=f"Held-out loss in nats per {quality_of(results).one}, first seed; the best of each stage in bold.",
     )
 
 
