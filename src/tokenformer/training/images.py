@@ -113,7 +113,7 @@ class ImageTask(Task):
         return {name: figures[name] for name in ("loss", "top1", "top5", "images")}
 
     def example_loss(self, model: nn.Module, device: torch.device) -> torch.Tensor:
-        """Of noise."""
+        """Of black images."""
         config = self.model.config
         pixels = torch.zeros(self.micro_batch, config.num_channels, config.image_size, config.image_size, device=device)
         labels = torch.zeros(self.micro_batch, dtype=torch.long, device=device)
