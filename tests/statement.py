@@ -33,6 +33,8 @@ def weights(
         return function(tau * scores / scores.pow(2).sum(-1, keepdim=True).sqrt())
     if normalization == "gelu_l2":
         return tau * function(scores) / function(scores).pow(2).sum(-1, keepdim=True).sqrt()
+    if normalization == "gelu_l1":
+        return tau**2 * function(scores) / function(scores).abs().sum(-1, keepdim=True)
     exponentials = (scores - scores.amax(-1, keepdim=True).detach()).exp()
     return tau**2 * exponentials / exponentials.sum(-1, keepdim=True)
 
@@ -85,6 +87,8 @@ def _pattention(x: np.ndarray, tokens: Tokens, normalization: str) -> np.ndarray
         shares = _gelu(tau * scores / np.linalg.norm(scores, axis=-1, keepdims=True))
     elif normalization == "gelu_l2":
         shares = tau * _gelu(scores) / np.linalg.norm(_gelu(scores), axis=-1, keepdims=True)
+    elif normalization == "gelu_l1":
+        shares = tau**2 * _gelu(scores) / np.abs(_gelu(scores)).sum(-1, keepdims=True)
     else:
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         shares = tau**2 * shares / shares.sum(-1, keepdims=True)

@@ -15,7 +15,7 @@ from tokenformer.models.loading import load_image_classifier
 EXACT = TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2"])
+@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "gelu_l1"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_zero_keys_and_the_kept_scale_change_no_logit(pooling, normalization) -> None:
     model = tiny_classifier(pooling=pooling, normalization=normalization).double()

@@ -60,7 +60,7 @@ def test_takes_and_gives_the_shapes_of_a_linear_layer(leading) -> None:
     assert Pattention(6, 4, 10)(x).shape == nn.Linear(6, 4, bias=False)(x).shape
 
 
-@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "softmax"])
+@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "gelu_l1", "softmax"])
 @pytest.mark.parametrize("segments", [(9,), (5, 3), (4, 2, 1)], ids=str)
 def test_computes_the_equation_over_all_segments(segments, normalization) -> None:
     layer, x = _layer(*segments, normalization=normalization), torch.randn(3, 6)

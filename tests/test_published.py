@@ -137,6 +137,7 @@ def test_layers_may_all_be_of_one_kind():
     ("changes", "words"),
     [
         ({"activation": "relu"}, ["activation is 'relu'", "'gelu'"]),
+        ({"normalization": "gelu_l1"}, ["normalization is 'gelu_l1'", "l2_gelu, gelu_l2, softmax"]),
         ({"layer_norm_eps": 1e-6}, ["layer_norm_eps is 1e-06"]),
         ({"rope_parameters": {"rope_theta": 500.0}}, ["base 500", "10000"]),
         ({"tie_word_embeddings": False}, ["tie_word_embeddings is False"]),

@@ -87,7 +87,7 @@ class Pattention(nn.Module):
         in_features: channels of the input and of keys.
         out_features: channels of the output and of values.
         num_tokens: parameter tokens of the first segment, `base`.
-        normalization: `l2_gelu` (the paper's), `gelu_l2` or `softmax`.
+        normalization: `l2_gelu` (the paper's), `gelu_l2`, `gelu_l1` or `softmax`.
         activation: by name or as a callable.
         scale: tau; sqrt(num_tokens) if not given. Stored state: it does not change when tokens are added or removed,
             which is what makes growing exact.

@@ -175,6 +175,9 @@ def published_fields(config: "TokenFormerConfig", dtype: torch.dtype) -> dict[st
     for name, value in fixed.items():
         if getattr(config, name) != value:
             raise UserError(f"{name} is {getattr(config, name)!r}, and the published code knows {value!r} only")
+    if config.normalization not in NORMALIZATIONS:
+        known = ", ".join(NORMALIZATIONS)
+        raise UserError(f"normalization is {config.normalization!r}, and the published code knows {known} only")
     theta = config.rope_parameters["rope_theta"]
     if theta != 10000:
         raise UserError(f"the rotary embedding has base {theta:g}, and the published code takes 10000")

@@ -300,6 +300,7 @@ def test_the_wrong_direction(folder, tmp_path, refused):
     ("fields", "words"),
     [
         ({"activation": "relu"}, ["activation is 'relu'"]),
+        ({"normalization": "gelu_l1"}, ["normalization is 'gelu_l1'"]),
         ({"layer_norm_eps": 1e-6}, ["layer_norm_eps is 1e-06"]),
         ({"rope_parameters": {"rope_theta": 500.0}}, ["base 500"]),
         ({"tie_word_embeddings": False}, ["tie_word_embeddings is False"]),

@@ -11,7 +11,7 @@ import statement
 from tiny import SEGMENTS, VOCABULARY, tiny_ids, tiny_model
 from tokenformer import Pattention, TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
 
-normalizations = pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "softmax"])
+normalizations = pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "gelu_l1", "softmax"])
 GROWN = [*SEGMENTS, {"name": "grown1", "qkv": 4, "output": 0, "ffn": 5}]
 
 

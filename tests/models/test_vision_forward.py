@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mean": {"pooling": "mean"},
     "affine norms": {"norm_affine": True},
     "gelu_l2": {"normalization": "gelu_l2"},
+    "gelu_l1": {"normalization": "gelu_l1"},
     "softmax": {"normalization": "softmax"},
     "two segments": {"segments": GROWN},
     "one patch": {"image_size": 4},

@@ -133,7 +133,7 @@ def test_dropout_is_drawn_in_training_only_and_like_torch() -> None:
 # The true path: Pattentions
 
 
-@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "softmax"])
+@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "gelu_l1", "softmax"])
 def test_attention_is_the_equation_in_float64(normalization) -> None:
     layer = randomise(
         MultiheadAttention(

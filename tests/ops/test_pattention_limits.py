@@ -8,7 +8,7 @@ import torch
 import statement
 from tokenformer import ops
 
-normalizations = pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "softmax"])
+normalizations = pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "gelu_l1", "softmax"])
 l2_kinds = pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2"])
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 FLOAT32_MAX = torch.finfo(torch.float32).max

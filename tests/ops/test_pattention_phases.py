@@ -6,7 +6,7 @@ import torch
 import statement
 from tokenformer import ops
 
-normalizations = pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "softmax"])
+normalizations = pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "gelu_l1", "softmax"])
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 
 
@@ -43,6 +43,7 @@ def test_the_statistic_is_what_its_name_says(normalization) -> None:
     expected = {
         "l2_gelu": lambda: scores.pow(2).sum(-1, keepdim=True),
         "gelu_l2": lambda: statement.gelu(scores).pow(2).sum(-1, keepdim=True),
+        "gelu_l1": lambda: statement.gelu(scores).abs().sum(-1, keepdim=True),
         "softmax": lambda: scores.exp().sum(-1, keepdim=True).log(),
     }[normalization]()
     assert statistic.dtype == torch.float32

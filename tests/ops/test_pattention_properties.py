@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import statement
 from tokenformer import ops
 
-normalizations = pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "softmax"])
+normalizations = pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "gelu_l1", "softmax"])
 several = settings(max_examples=25)
 sizes = st.tuples(*[st.integers(1, 9)] * 4)  # rows, channels in, channels out, tokens
 seeds = st.integers(0, 2**20)
@@ -62,7 +62,7 @@ def test_cutting_into_segments_is_immaterial(normalization, size, seed, data) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ["gelu", "silu", "tanh"])
-@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2"])
+@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "gelu_l1"])
 @settings(max_examples=10)
 @given(size=sizes, seed=seeds, added=st.integers(1, 9), magnitude=st.sampled_from([0.0, 1e-3, 1.0, 1e4]))
 def test_zero_keys_with_any_values_change_no_bit(

@@ -10,7 +10,7 @@ from torch import nn
 import statement
 from tokenformer import UserError, ops
 
-NORMALIZATIONS = ("l2_gelu", "gelu_l2", "softmax")
+NORMALIZATIONS = ("l2_gelu", "gelu_l2", "gelu_l1", "softmax")
 BACKENDS = ("fused", "reference")
 
 # leading shape, channels in, channels out, tokens of each segment
@@ -173,7 +173,7 @@ def test_named_activation_is_its_formula(name) -> None:
         pytest.param("gelu_new", lambda z: F.gelu(z, approximate="tanh"), id="transformers-name"),
     ],
 )
-@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2"])
+@pytest.mark.parametrize("normalization", ["l2_gelu", "gelu_l2", "gelu_l1"])
 @backends
 def test_activation_enters_the_equation(backend, normalization, activation, function) -> None:
     x, key, value = (leaf.detach() for leaf in _draw((6,), 4, 3, (7,)))
@@ -213,6 +213,7 @@ def test_auto_backend_is_the_fused_one() -> None:
         pytest.param("l2_gelu", (5, 3), "inductor", id="l2_gelu-two-segments-inductor", marks=pytest.mark.slow),
         pytest.param("l2_gelu", (6,), "aot_eager", id="l2_gelu-one-segment"),
         pytest.param("gelu_l2", (4, 2, 1), "aot_eager", id="gelu_l2-three-segments"),
+        pytest.param("gelu_l1", (4, 2), "aot_eager", id="gelu_l1-two-segments"),
         pytest.param("softmax", (4, 2), "aot_eager", id="softmax-two-segments"),
     ],
 )

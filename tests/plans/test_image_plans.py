@@ -108,6 +108,19 @@ def test_what_is_like_a_preset_has_its_patches(make_image_plan: MakePlan) -> Non
     assert again.counts == base.counts
 
 
+def test_stages_differ_in_the_blocks_themselves(make_image_plan: MakePlan) -> None:
+    plan = make_image_plan()
+    plan.baselines += [
+        Stage(name="affine", train=Start(like="base", norm_affine=True), images=STEP),
+        Stage(name="softmax", train=Start(like="base", normalization="softmax"), images=STEP),
+    ]
+    base, affine, softmax = (solve(plan)[name] for name in ("base", "affine", "softmax"))
+    assert affine.counts.parameters == base.counts.parameters + 2 * 2 * 2 * 32  # layers, norms, weight and bias
+    assert [stage.config.norm_affine for stage in (base, affine, softmax)] == [False, True, False]
+    assert [stage.config.normalization for stage in (base, affine, softmax)] == ["l2_gelu", "l2_gelu", "softmax"]
+    assert softmax.config.segments == affine.config.segments == base.config.segments
+
+
 def test_dry_run_by_hand(make_image_plan: MakePlan) -> None:
     report = dry_run(make_image_plan(optimizer=ImageOptimizerRecipe(warmup_epochs=0.03)), gpu="h100", mfu=0.5)
     base, grown = report["stages"]["base"], report["stages"]["grown"]
@@ -338,6 +351,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "endless warm-up": (
         stage(after="base", optimizer={"warmup_epochs": 1.0}),
         ["stage 'new': optimizer.warmup_epochs 1 are more than"],
+    ),
+    "unknown normalization": (
+        stage(train={"like": "base", "normalization": "l3"}),
+        ["stage 'new': unknown normalization 'l3'", "gelu_l1"],
     ),
     "other images": (stage(after="base", data="nowhere/images"), ["nowhere/images"]),
     "missing images": ({"data": {"train": "nowhere/train"}}, ["nowhere/train"]),

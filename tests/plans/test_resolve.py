@@ -214,6 +214,14 @@ BAD_STAGES: dict[str, tuple[Stage, str]] = {
         stage(after="transformer", grow=Growth(hidden_size=80, method="width", noise=0.1)),
         r"stage 'new': grow.noise",
     ),
+    "norms of images": (
+        stage(train=Start(like="base", norm_affine=True)),
+        r"stage 'new': train.norm_affine: no model of a plan in tokens has it",
+    ),
+    "unknown normalization": (
+        stage(train=Start(like="base", normalization="l3")),
+        r"stage 'new': unknown normalization 'l3'.*gelu_l1",
+    ),
     "heads that do not divide": (stage(train=Start(qkv=4, num_attention_heads=5)), r"stage 'new': hidden_size 32"),
 }
 
@@ -312,6 +320,14 @@ def test_a_run_that_an_earlier_version_began_goes_on(make_plan: MakePlan) -> Non
     now = describe(plan, solve(plan)["grown"])
     assert difference(json.loads(WRITTEN), now) is None
     assert difference(json.loads(WRITTEN.replace('"tokens": 512', '"tokens": 640')), now) is not None
+
+
+def test_another_normalization_is_another_plan(make_plan: MakePlan) -> None:
+    plan = make_plan()
+    before = describe(plan, solve(plan)["grown"])
+    plan.model.normalization = "softmax"
+    said = difference(before, describe(plan, solve(plan)["grown"]))
+    assert said == "model.normalization is None there and softmax here"
 
 
 def test_images_are_no_budget_for_language(make_plan: MakePlan) -> None:

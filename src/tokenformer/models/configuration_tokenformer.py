@@ -37,7 +37,7 @@ class TokenFormerConfig(SegmentedConfig):
             which they were added; the first is called `base`. Query, key and value have `qkv` tokens each. If empty:
             one segment of `hidden_size` tokens, four times as many for the ffn.
         rotary_pct: share of each head's channels that carries the rotary position embedding.
-        normalization: `l2_gelu`, `gelu_l2` or `softmax` (see `tokenformer.ops.pattention`).
+        normalization: `l2_gelu`, `gelu_l2`, `gelu_l1` or `softmax` (see `tokenformer.ops.pattention`).
         activation: nonlinearity of Pattention.
         pattention_eps: added to the sum of squares under the root.
         layer_norm_eps: of every layer norm.

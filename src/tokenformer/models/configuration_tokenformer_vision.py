@@ -37,7 +37,7 @@ class TokenFormerVisionConfig(SegmentedConfig):
             (Table 5); the final norm always has both.
         drop_path_rate: share of samples that skip a residual branch of the last block in training; linearly fewer in
             those before it, none in the first.
-        normalization: `l2_gelu`, `gelu_l2` or `softmax` (see `tokenformer.ops.pattention`).
+        normalization: `l2_gelu`, `gelu_l2`, `gelu_l1` or `softmax` (see `tokenformer.ops.pattention`).
         activation: nonlinearity of Pattention.
         pattention_eps: added to the sum of squares under the root.
         layer_norm_eps: of every layer norm.

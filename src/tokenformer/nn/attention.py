@@ -67,7 +67,7 @@ class MultiheadAttention(nn.Module):
         dtype: of the parameters.
         qkv: parameter tokens of each of `query`, `key` and `value`; `embed_dim` if not given, as in the paper.
         output: parameter tokens of the output projection; `embed_dim` if not given.
-        normalization: of every Pattention: `l2_gelu`, `gelu_l2` or `softmax`.
+        normalization: of every Pattention: `l2_gelu`, `gelu_l2`, `gelu_l1` or `softmax`.
         activation: of every Pattention, by name or as a callable.
 
     Attributes:

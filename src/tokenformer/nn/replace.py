@@ -80,7 +80,7 @@ def replace_linear(
         bias: keep a layer's bias, values included (`BiasedPattention`); False drops it, as in the paper.
         init: `random` starts as a new layer; `linear` computes W x · √in / ‖x‖ (+ bias), which is the linear layer
             itself for rows of length √in: behind a LayerNorm or RMSNorm that has no weight, or one of ones.
-        normalization: of the new layers: `l2_gelu`, `gelu_l2` or `softmax`.
+        normalization: of the new layers: `l2_gelu`, `gelu_l2`, `gelu_l1` or `softmax`.
         activation: of the new layers, by name or as a callable.
 
     Returns:

@@ -59,7 +59,7 @@ class TransformerEncoderLayer(nn.Module):
         elementwise_affine: layer norms learn a weight, and with `bias` a bias; neither in the paper.
         qkv: parameter tokens of each query, key and value projection; `d_model` if not given.
         output: parameter tokens of the output projection of attention; `d_model` if not given.
-        normalization: of every Pattention: `l2_gelu`, `gelu_l2` or `softmax`.
+        normalization: of every Pattention: `l2_gelu`, `gelu_l2`, `gelu_l1` or `softmax`.
 
     Attributes:
         self_attn: `MultiheadAttention`.
@@ -171,7 +171,7 @@ class TransformerDecoderLayer(nn.Module):
         elementwise_affine: layer norms learn a weight, and with `bias` a bias; neither in the paper.
         qkv: parameter tokens of each query, key and value projection of both attentions; `d_model` if not given.
         output: parameter tokens of the output projections of both attentions; `d_model` if not given.
-        normalization: of every Pattention: `l2_gelu`, `gelu_l2` or `softmax`.
+        normalization: of every Pattention: `l2_gelu`, `gelu_l2`, `gelu_l1` or `softmax`.
 
     Attributes:
         self_attn: `MultiheadAttention` of the target to itself.

@@ -51,13 +51,14 @@ def pattention(
         keys: (N, D_in), or one such tensor per segment.
         values: (N, D_out), or one such tensor per segment.
         scale: tau, a scalar; sqrt(N) where the paper trains from scratch, kept when tokens are appended.
-        normalization: `l2_gelu` f(tau A/||A||), `gelu_l2` tau f(A)/||f(A)||, or `softmax` tau^2 softmax(A).
+        normalization: `l2_gelu` f(tau A/||A||), `gelu_l2` tau f(A)/||f(A)||, `gelu_l1` tau^2 f(A)/||f(A)||_1, or
+            `softmax` tau^2 softmax(A).
         activation: f, by name or as a callable; ignored by `softmax`.
-        eps: added to the sum of squares under the root; rows of zeros give zeros.
+        eps: added to the sum of squares under the root, or of magnitudes; rows of zeros give zeros.
         visible: booleans broadcastable to (..., N), one per segment where `keys` is a sequence (None: all visible).
             A token adds nothing, to norm or output, where it is False.
         total: row total (..., 1) over a larger set of tokens, of which the given ones are a part (fused only):
-            the sum of squares, or the log-sum-exp for `softmax`.
+            the sum of squares, of magnitudes for `gelu_l1`, or the log-sum-exp for `softmax`.
         backend: `fused`, `reference`, or `auto` (fused).
 
     Returns:

@@ -25,7 +25,8 @@ def segment_activities(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Phase one of a segment: activities (..., N) and the row statistic (..., 1).
 
-    The statistic is the sum of squares for the L2 kinds and the log-sum-exp for `softmax`.
+    The statistic is the sum of squares for the L2 kinds, that of magnitudes for `gelu_l1`, and the log-sum-exp for
+    `softmax`.
     """
     kind = get_normalization(normalization)
     activities = kind.activities(linear(x, key), get_activation(activation), visible)

@@ -1,4 +1,4 @@
-"""The three normalisations of scores, each split in two so that segments can be evaluated apart.
+"""The normalisations of scores, each split in two so that segments can be evaluated apart.
 
 Phase one turns a segment's scores into activities and one number per row; the numbers of all segments combine into the
 row's total. Phase two turns activities and the total into weights. Nothing in phase two looks at another segment, so a
@@ -104,6 +104,30 @@ class GeLUL2(Normalization):
         return activities * _factor(scale, total, eps)
 
 
+class GeLUL1(Normalization):
+    """tau^2 f(A) / ||f(A)||_1: `softmax` with f in place of exp, the middle row of the paper's Table 4."""
+
+    def activities(self, scores: torch.Tensor, activation: Activation, visible: torch.Tensor | None) -> torch.Tensor:
+        activated = activation(scores)
+        return activated if visible is None else activated.masked_fill(~visible, 0)
+
+    def statistic(self, activities: torch.Tensor) -> torch.Tensor:
+        norm: torch.Tensor = torch.linalg.vector_norm(
+            activities, ord=1, dim=-1, keepdim=True, dtype=_at_least_float32(activities.dtype)
+        )
+        return norm
+
+    def weights(
+        self,
+        activities: torch.Tensor,
+        total: torch.Tensor,
+        scale: torch.Tensor | float,
+        activation: Activation,
+        eps: float,
+    ) -> torch.Tensor:
+        return activities * (scale**2 / (total + eps))
+
+
 class Softmax(Normalization):
     """tau^2 exp(A) / ||exp(A)||_1; the total is the logarithm of the sum, and a missing token scores minus infinity."""
 
@@ -128,7 +152,12 @@ class Softmax(Normalization):
         return torch.exp(activities - total.masked_fill(total == -torch.inf, 0)) * scale**2
 
 
-NORMALIZATIONS: dict[str, Normalization] = {"l2_gelu": L2GeLU(), "gelu_l2": GeLUL2(), "softmax": Softmax()}
+NORMALIZATIONS: dict[str, Normalization] = {
+    "l2_gelu": L2GeLU(),
+    "gelu_l2": GeLUL2(),
+    "gelu_l1": GeLUL1(),
+    "softmax": Softmax(),
+}
 
 
 def get_normalization(name: str) -> Normalization:

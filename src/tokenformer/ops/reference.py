@@ -29,9 +29,10 @@ def reference_pattention(
         key: keys of the N parameter tokens, (N, D_in).
         value: values of the N parameter tokens, (N, D_out).
         scale: tau, a scalar.
-        normalization: `l2_gelu` f(tau A / ||A||), `gelu_l2` tau f(A) / ||f(A)||, or `softmax` tau^2 softmax(A).
+        normalization: `l2_gelu` f(tau A / ||A||), `gelu_l2` tau f(A) / ||f(A)||, `gelu_l1` tau^2 f(A) / ||f(A)||_1, or
+            `softmax` tau^2 softmax(A).
         activation: f, GeLU in the paper.
-        eps: added to the sum of squares under the root, so that a row of zeros stays finite.
+        eps: added to the sum of squares under the root, or of magnitudes, so that a row of zeros stays finite.
         visible: booleans broadcastable to (..., N); where False the token does not exist for that input.
 
     Returns:
@@ -48,6 +49,9 @@ def reference_pattention(
         activated = function(scores).masked_fill(hidden, 0)
         norm = (activated.square().sum(-1, keepdim=True) + eps).sqrt()
         weights = scale * activated / norm
+    elif normalization == "gelu_l1":
+        activated = function(scores).masked_fill(hidden, 0)
+        weights = scale**2 * activated / (activated.abs().sum(-1, keepdim=True) + eps)
     elif normalization == "softmax":
         weights = scale**2 * torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
     else:

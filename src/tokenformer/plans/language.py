@@ -196,8 +196,13 @@ class LanguagePlans(PlanTask[Plan]):
         }
 
     def description(self, plan: Plan, resolved: ResolvedStage) -> dict[str, Any]:
-        """The vocabulary, and what is measured."""
-        return {"model": {"vocab_size": resolved.config.vocab_size}, "held_out_rows": plan.data.held_out_rows}
+        """The vocabulary, how a TokenFormer's scores become weights, and what is measured."""
+        config: Any = resolved.config
+        model = {"vocab_size": config.vocab_size}
+        # The paper's go without saying, as they did in folders of version 0.1.0.
+        if getattr(config, "normalization", "l2_gelu") != "l2_gelu":
+            model["normalization"] = config.normalization
+        return {"model": model, "held_out_rows": plan.data.held_out_rows}
 
     def figures(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Perplexity and bits per byte."""

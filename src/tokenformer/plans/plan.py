@@ -36,6 +36,8 @@ class Start:
         hidden_size: channels of the residual stream.
         num_hidden_layers: blocks.
         num_attention_heads: heads.
+        normalization: of a TokenFormer's scores: l2_gelu, gelu_l2, gelu_l1 or softmax.
+        norm_affine: whether the norms in the blocks of an image classifier have weight and bias.
         value_initializer_range: standard deviation of a TokenFormer's first values.
         intermediate_size: units of the feed-forward of a Transformer or ViT.
     """
@@ -48,6 +50,8 @@ class Start:
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
+    normalization: str | None = None
+    norm_affine: bool | None = None
     value_initializer_range: float | None = None
     intermediate_size: int | None = None
 
@@ -265,6 +269,9 @@ class _Plan:
             raise UserError(f"it goes on from '{before.name}': give grow, or neither, in place of train")
         if before is not None and stage.family not in (None, self.family(stage.name)):
             raise UserError(f"family: {self.family(stage.name)} before cannot become {stage.family}")
+        for name, value in vars(stage.train).items() if stage.train else ():
+            if value is not None and name != "like" and not hasattr(self.model, name):
+                raise UserError(f"train.{name}: no model of a plan in {self.unit} has it; leave it out")
         if before is None and stage.schedule == "continue":
             raise UserError("schedule: nothing comes before that could be continued")
         (other_unit,) = {"tokens", "images"} - {self.unit}

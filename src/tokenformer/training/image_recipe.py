@@ -32,7 +32,7 @@ class ImageModelRecipe:
         norm_affine: layer norms of the blocks have weight and bias; the paper's have not.
         drop_path: share of the residual branches that the last block leaves out, those before it fewer, linearly; that
             of path, or none, if not given.
-        normalization: l2_gelu (the paper's), gelu_l2 or softmax.
+        normalization: l2_gelu (the paper's), gelu_l2, gelu_l1 or softmax.
         activation: nonlinearity of Pattention.
         value_initializer_range: standard deviation of the first values; the published one if not given.
         intermediate_size: units of a ViT's feed-forward; 4 hidden_size if not given.

@@ -106,7 +106,7 @@ class ModelRecipe:
         output: parameter tokens of each output projection.
         ffn: parameter tokens of each feed-forward.
         rotary_pct: share of a head's channels that carries positions.
-        normalization: l2_gelu (the paper's), gelu_l2 or softmax.
+        normalization: l2_gelu (the paper's), gelu_l2, gelu_l1 or softmax.
         activation: nonlinearity of Pattention.
         value_initializer_range: standard deviation of the first values; the published one, which is large for small
             models, if not given.
