@@ -74,6 +74,50 @@ def test_a_segment_called_with_an_input_returns_its_parameters() -> None:
     assert value is segment.value
 
 
+@pytest.mark.parametrize("limits", [(5, 3), (2, 3), (5, 0), (0, 3), (1, 1)], ids=str)
+def test_a_limit_leaves_the_first_tokens(limits) -> None:
+    layer, x = _layer(5, 3), torch.randn(4, 6)
+    segments = list(layer.segments.values())
+    keys = [segment.key[:limit].double() for segment, limit in zip(segments, limits, strict=True)]
+    values = [segment.value[:limit].double() for segment, limit in zip(segments, limits, strict=True)]
+    for segment, limit in zip(segments, limits, strict=True):
+        segment.limit = limit
+    expected = statement.pattention(x.double(), keys, values, layer.scale.item())
+    assert statement.error(layer(x), expected) < 1e-5
+    visible = {name: torch.ones(4, segment.num_tokens, dtype=torch.bool) for name, segment in layer.segments.items()}
+    assert torch.equal(layer(x, visible), layer(x))
+
+
+def test_a_segment_that_takes_no_part_changes_no_bit() -> None:
+    layer, x = _layer(5), torch.randn(4, 6)
+    before = layer(x)
+    extra = layer.add_segment("extra", 3)
+    assert not torch.equal(layer(x), before)
+    extra.limit = 0
+    assert torch.equal(layer(x), before)
+    layer.segments["base"].limit = 0
+    with pytest.raises(UserError, match="each of base, extra has the limit 0"):
+        layer(x)
+
+
+def test_a_gain_is_a_factor_of_the_values() -> None:
+    layer, x = _layer(5, 3), torch.randn(4, 6)
+    base, extra = layer.segments.values()
+    extra.gain = 0.25
+    keys, values = [base.key.double(), extra.key.double()], [base.value.double(), extra.value.double() / 4]
+    assert statement.error(layer(x), statement.pattention(x.double(), keys, values, layer.scale.item())) < 1e-5
+
+
+@pytest.mark.parametrize("change", [{"limit": 2}, {"limit": 0}, {"gain": 0.5}], ids=str)
+def test_what_takes_part_in_part_is_not_merged(change) -> None:
+    layer = _layer(5, 3)
+    for name, value in change.items():
+        setattr(layer.segments["base"], name, value)
+    with pytest.raises(UserError, match="takes part in part"):
+        layer.merge_segments()
+    assert list(layer.segments) == ["base", *list(layer.segments)[1:]]
+
+
 def test_initialisation_gives_outputs_of_the_order_of_one() -> None:
     layer = Pattention(64, 64, 512)
     assert layer.segments["base"].key.std().item() == pytest.approx(0.02, rel=0.02)

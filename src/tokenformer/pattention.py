@@ -39,7 +39,12 @@ class ParameterTokens(nn.Module):
     Attributes:
         key: (num_tokens, in_features)
         value: (num_tokens, out_features)
+        limit: how many tokens take part, from the first; None for all, 0 as if the segment were not there. Not saved.
+        gain: factor of the values: how loudly the segment speaks. Not saved.
     """
+
+    limit: int | None
+    gain: float
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class ParameterTokens(nn.Module):
                 raise UserError(f"{name} must be at least 1, got {count}")
         self.key = nn.Parameter(torch.empty(num_tokens, in_features, device=device, dtype=dtype))
         self.value = nn.Parameter(torch.empty(num_tokens, out_features, device=device, dtype=dtype))
+        self.limit, self.gain = None, 1.0
         self.reset_parameters()
 
     @property
@@ -72,8 +78,12 @@ class ParameterTokens(nn.Module):
         nn.init.normal_(self.value, std=self.num_tokens**-0.5)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (num_tokens, in_features) and values (num_tokens, out_features) for input `x`."""
-        return self.key, self.value
+        """Keys (n, in_features) and values (n, out_features) for input `x`, of the n tokens that take part."""
+        key: torch.Tensor = self.key
+        value: torch.Tensor = self.value
+        if self.limit is not None:
+            key, value = key[: self.limit], value[: self.limit]
+        return key, value if self.gain == 1 else value * self.gain
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""
@@ -156,9 +166,24 @@ class Pattention(nn.Module):
             visible: by segment name, booleans broadcastable to (..., tokens of that segment): where False, the token
                 does not exist for that input. Segments not named are visible to all; names that this layer does not
                 have are passed over, so that one mapping serves all layers of a model.
+
+        Raises:
+            UserError: no segment takes part.
         """
-        keys, values = zip(*(segment(x) for segment in self.segments.values()), strict=True)
-        masks = None if visible is None else [visible.get(name) for name in self.segments]
+        taking_part = {}
+        for name, segment in self.segments.items():
+            key, value = segment(x)
+            if len(key):
+                taking_part[name] = key, value
+        if not taking_part:
+            raise UserError(f"no parameter token takes part: each of {', '.join(self.segments)} has the limit 0")
+        keys, values = zip(*taking_part.values(), strict=True)
+        masks = None
+        if visible is not None:
+            masks = [
+                None if (mask := visible.get(name)) is None else mask[..., : len(key)]
+                for name, (key, _) in taking_part.items()
+            ]
         return pattention(
             x,
             keys,
@@ -203,12 +228,15 @@ class Pattention(nn.Module):
         """Put all segments into one, in order: a re-arrangement, the function stays (up to the order of summation).
 
         Raises:
-            UserError: the name is not usable, or an adapter (LoRA) sits on a segment.
+            UserError: the name is not usable, an adapter (LoRA) sits on a segment, or a segment has a limit or a
+                gain.
         """
         check_segment_name(name)
         segments = self._segments()
         if any(segment is not wrapped for segment, wrapped in zip(segments, self.segments.values(), strict=True)):
             raise UserError("an adapter sits on a segment: merge it first (peft: merge_and_unload)")
+        if any(segment.limit is not None or segment.gain != 1 for segment in segments):
+            raise UserError("a segment takes part in part: take away its limit and gain before merging")
         if len(segments) == 1 and name in self.segments:
             return
         like = segments[0].key
