@@ -29,7 +29,7 @@ _BASELINES = (
     "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#1b3a57", "#f4a582",
     "#66c2a4",
 )  # fmt: skip
-_DASHES = ("-", "--", "-.")  # where there are more baselines than colours
+_DASHES: tuple[Any, ...] = ("-", "--", (0, (1, 1)))  # where there are more baselines than colours
 _MARKERS = {"tokenformer": "o", "gpt_neox": "s", "vit": "s"}
 _LARGEST = 380.0  # points squared, the area of the largest model
 
