@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import Trainer, get_scheduler
+from transformers import PreTrainedModel, Trainer, get_scheduler
 
 from tokenformer.errors import UserError
 from tokenformer.folders import CHECKPOINTS, PARTIAL, publish, saving
@@ -201,10 +201,12 @@ class RunTrainer(Trainer):
     def save_beside(self, checkpoint: Path) -> None:
         """Put into a checkpoint what is not in the model, the optimizer and the Trainer's own state: nothing here."""
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # The output embedding is the input embedding, so it is not in the file.
-        if set(load_result.missing_keys) - {"lm_head.weight"} or load_result.unexpected_keys:
-            super()._issue_warnings_after_load(load_result)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # transformers saves some models (ViT) under other names than their parameters have. Its own Trainer looks for the
+        # latter, and goes on with new weights where it does not find them.
+        target = cast(PreTrainedModel, model or self.model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run / CHECKPOINTS / PARTIAL)
