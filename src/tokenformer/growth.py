@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -20,11 +21,12 @@ from tokenformer.errors import UserError
 from tokenformer.folders import new_folder, whole_checkpoints
 from tokenformer.ops import get_activation
 from tokenformer.pattention import ParameterTokens, Pattention, check_segment_name
+from tokenformer.sparse import refuse_sparse
 
 KeyInit = Literal["zero", "random"]
 ScaleRule = Literal["keep", "sqrt"]
 
-# Frames from _check_function_kept to the caller of grow; the decorator is one of them.
+# Frames from warn_if_function_changes to the caller of grow; the decorator is one of them.
 _CALLER = 4
 
 
@@ -74,12 +76,13 @@ def grow(
     if not 0 <= noise < math.inf:
         raise UserError(f"noise must be 0 or a positive share of the tokens' root mean square, got {noise}")
     targets = {"qkv": qkv, "output": output, "ffn": ffn, None: tokens}
+    refuse_sparse(model, "grown")
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, Pattention)}
     plan = _plan(layers, targets)
     name = _segment_name(layers, name)
     groups = {layer: _groups_of(optimizer, layer) for layer, _ in plan} if optimizer is not None else {}
-    if noise == 0:
-        _check_function_kept(layers.values(), keys, scale)
+    if noise == 0 and keys == "zero" and scale == "keep":
+        warn_if_function_changes(layers.values())
 
     paths = {layer: path for path, layer in layers.items()}
     initializers = {layer: whole._init_weights for whole in _whole_models(model) for layer in whole.modules()}
@@ -114,6 +117,10 @@ def _plan(layers: dict[str, Pattention], targets: dict[str | None, int | None]) 
     """Which layer gets how many tokens; raises before anything is changed."""
     if not layers:
         raise UserError("the model has no Pattention layers: nothing can grow")
+    if adapters := next((layer.adapters for layer in layers.values() if layer.adapters), None):
+        raise UserError(
+            f"'{adapters[0]}' is an adapter, made for the model as it is: merge or delete it before growing"
+        )
     if all(target is None for target in targets.values()):
         raise UserError("nothing to grow: give the number of tokens after growing, as qkv=, output= or ffn=")
     for kind, target in targets.items():
@@ -151,10 +158,8 @@ def _segment_name(layers: dict[str, Pattention], name: str | None) -> str:
     return name
 
 
-def _check_function_kept(layers: Any, keys: KeyInit, scale: ScaleRule) -> None:
+def warn_if_function_changes(layers: Iterable[Pattention]) -> None:
     """Warn where zero keys and a kept scale promise what the layer's mathematics cannot give."""
-    if keys != "zero" or scale != "keep":
-        return
     for layer in layers:
         if layer.normalization == "softmax":
             warnings.warn(

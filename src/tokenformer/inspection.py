@@ -13,6 +13,7 @@ from tokenformer.errors import UserError
 from tokenformer.models.cost import (
     count_tokens,
     forward_flops_per_image,
+    shares,
     training_flops_per_image,
     trunk_parameters,
 )
@@ -34,6 +35,7 @@ from tokenformer.models.modeling_tokenformer import TokenFormerForCausalLM
 from tokenformer.models.modeling_tokenformer_vision import TokenFormerForImageClassification
 from tokenformer.modules import KINDS
 from tokenformer.pattention import Pattention
+from tokenformer.sparse import SparsePattention
 
 # As safetensors writes them.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,6 +61,7 @@ def inspect_model(path: str | Path, *, sequence_length: int | None = None) -> di
         - `parameters`: `total`, `embedding`, `parameter_tokens`, `final_norm`.
         - `flops_per_token` forward and training, `decode_bytes_per_token` with an empty cache and a full one.
         - `tokenizer`: its entries or None.
+        - `sparsity`: None, or the shares of parameter tokens `computed` and of their memory `read` by an input.
 
         For an image classifier also:
 
@@ -100,6 +103,7 @@ def _inspect_language_model(path: str | Path, folder: Path, sequence_length: int
         "max_position_embeddings": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
         "tokenizer": num_entries(load_tokenizer(folder)) if (folder / TOKENIZER).is_file() else None,
+        "sparsity": shares(model) if config.sparsity else None,
         "parameters": {
             "total": model.num_parameters(),
             "embedding": sum(p.numel() for p in {model.model.embed_tokens.weight, model.lm_head.weight}),
@@ -204,7 +208,7 @@ def _scales(
 ) -> dict[str, dict[str, float | int | None]]:
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for name, layer in model.named_modules():
-        if isinstance(layer, Pattention):
+        if isinstance(layer, (Pattention, SparsePattention)):
             tensor = stored[f"{name}.scale"]
             with safe_open(tensor.file, framework="pt") as file:
                 found[layer.kind or ""].append(file.get_tensor(tensor.key).item())

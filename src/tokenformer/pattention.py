@@ -6,7 +6,7 @@ state and saving per segment need no machinery of their own.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -90,6 +90,24 @@ class ParameterTokens(nn.Module):
         return f"num_tokens={self.num_tokens}"
 
 
+class AdapterTokens(ParameterTokens):
+    """A segment that is no part of the model: it stays out of `state_dict`, and so out of what the model saves.
+
+    `tokenformer.tuning` adds, loads and saves such segments.
+
+    Attributes:
+        selected: whether it is to take part where adapters are not disabled. Not saved.
+    """
+
+    selected = False
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Write nothing."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Look for nothing, so that what is in memory stays."""
+
+
 class Pattention(nn.Module):
     """Attention of inputs (..., in_features) over parameter tokens, giving (..., out_features).
 
@@ -151,6 +169,12 @@ class Pattention(nn.Module):
         """Parameter tokens of all segments together."""
         return sum(segment.num_tokens for segment in self._segments())
 
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the segments that are adapters."""
+        names = zip(self.segments, self._segments(), strict=True)
+        return [name for name, segment in names if isinstance(segment, AdapterTokens)]
+
     def reset_parameters(self) -> None:
         """Initialise every segment and set the scale to what the constructor was given."""
         for segment in self._segments():
@@ -170,13 +194,19 @@ class Pattention(nn.Module):
         Raises:
             UserError: no segment takes part.
         """
+        return self.attend(x, dict(self.segments.items()), visible)
+
+    def attend(
+        self, x: torch.Tensor, segments: Mapping[str, nn.Module], visible: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """As `forward`, over `segments` by name instead of those of the layer; what wraps a layer adds its own."""
         taking_part = {}
-        for name, segment in self.segments.items():
+        for name, segment in segments.items():
             key, value = segment(x)
             if len(key):
                 taking_part[name] = key, value
         if not taking_part:
-            raise UserError(f"no parameter token takes part: each of {', '.join(self.segments)} has the limit 0")
+            raise UserError(f"no parameter token takes part: each of {', '.join(segments)} has the limit 0")
         keys, values = zip(*taking_part.values(), strict=True)
         masks = None
         if visible is not None:
@@ -195,10 +225,15 @@ class Pattention(nn.Module):
             visible=masks,
         )
 
-    def add_segment(self, name: str, num_tokens: int) -> ParameterTokens:
+    def add_segment(self, name: str, num_tokens: int, *, adapter: bool = False) -> ParameterTokens:
         """Append a segment of `num_tokens` tokens, initialised like a new layer's; the scale stays.
 
         The new parameters take device and dtype of the old ones. `tokenformer.grow` adds segments to whole models.
+
+        Args:
+            name: of the segment.
+            num_tokens: in it.
+            adapter: make it one that the model does not save (`AdapterTokens`).
 
         Raises:
             UserError: the name is taken or not usable, or the count is below 1.
@@ -207,7 +242,8 @@ class Pattention(nn.Module):
             raise UserError(f"segment '{name}' exists already: choose another name")
         check_segment_name(name)
         like = self._segments()[-1].key
-        segment = ParameterTokens(num_tokens, self.in_features, self.out_features, device=like.device, dtype=like.dtype)
+        kind = AdapterTokens if adapter else ParameterTokens
+        segment = kind(num_tokens, self.in_features, self.out_features, device=like.device, dtype=like.dtype)
         self.segments[name] = segment
         return segment
 
@@ -228,11 +264,13 @@ class Pattention(nn.Module):
         """Put all segments into one, in order: a re-arrangement, the function stays (up to the order of summation).
 
         Raises:
-            UserError: the name is not usable, an adapter (LoRA) sits on a segment, or a segment has a limit or a
-                gain.
+            UserError: the name is not usable, a segment is an adapter's or an adapter (LoRA) sits on one, or a segment
+                has a limit or a gain.
         """
         check_segment_name(name)
         segments = self._segments()
+        if adapters := self.adapters:
+            raise UserError(f"'{adapters[0]}' is an adapter: merge it first (tokenformer.tuning.merge_adapter)")
         if any(segment is not wrapped for segment, wrapped in zip(segments, self.segments.values(), strict=True)):
             raise UserError("an adapter sits on a segment: merge it first (peft: merge_and_unload)")
         if any(segment.limit is not None or segment.gain != 1 for segment in segments):

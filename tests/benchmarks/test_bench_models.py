@@ -215,7 +215,7 @@ class Clocked:
 
 
 def test_times_of_prompt_and_tokens(monkeypatch):
-    run = decode.Generation(Clocked(monkeypatch), tiny_ids(1, 3), decode._generation_configs(4, "eager")["eager"])
+    run = decode.Generation(Clocked(monkeypatch), tiny_ids(1, 3), decode.generation_configs(4, "eager")["eager"])
     run()
     run()
     assert (run.prompt, run.decode) == ([5.0, 5.0], [2.0, 2.0])
@@ -225,7 +225,7 @@ def test_times_of_prompt_and_tokens(monkeypatch):
 def test_every_token_is_generated_though_one_would_end_the_text():
     config = tiny_config(eos_token_id=list(range(31)), segments=CONFIG.segments)
     for model in models.build_models(config, torch.float32).values():
-        for generation in decode._generation_configs(5, "eager").values():
+        for generation in decode.generation_configs(5, "eager").values():
             ids, logits = decode.Generation(model, tiny_ids(1, 3), generation).results()
             assert (ids.shape, logits.shape) == ((1, 3 + 4), (1, 5, 31))
 

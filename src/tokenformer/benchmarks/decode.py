@@ -129,7 +129,7 @@ def measure(
     for dtype in dtypes:
         models = build_models(config, DTYPES[dtype])
         torch.compiler.reset()
-        configs = _generation_configs(tokens, compiler)
+        configs = generation_configs(tokens, compiler)
         cases = {
             f"{name}_{mode}": Generation(model, ids, generation)
             for name, model in models.items()
@@ -160,7 +160,7 @@ def measure(
     return record
 
 
-def _generation_configs(tokens: int, compiler: str) -> dict[str, GenerationConfig]:
+def generation_configs(tokens: int, compiler: str) -> dict[str, GenerationConfig]:
     """By mode: greedy, `tokens` of them whatever they are."""
     compiled = static_cache_options()
     compiled["compile_config"].backend = compiler

@@ -7,7 +7,7 @@ Shapes: B batch, T positions, V vocabulary.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -173,7 +173,15 @@ def prepare(
     return compiling
 
 
-def finish(record: dict[str, Any], timings: Timings, tokens: Mapping[str, int], judged: str, *, judge: bool) -> None:
+def finish(
+    record: dict[str, Any],
+    timings: Timings,
+    tokens: Mapping[str, int],
+    judged: str,
+    *,
+    judge: bool,
+    targets: Sequence[Target] = TARGETS,
+) -> None:
     """Write times, tokens a second and ratios into the record.
 
     Args:
@@ -182,6 +190,7 @@ def finish(record: dict[str, Any], timings: Timings, tokens: Mapping[str, int], 
         tokens: by pass, how many one of its times is for.
         judged: the pass of the ratios.
         judge: whether to say if the targets are met.
+        targets: the ratios.
     """
     record["seconds"] = as_seconds(timings)
     record["tokens_per_second"] = {
@@ -191,7 +200,7 @@ def finish(record: dict[str, Any], timings: Timings, tokens: Mapping[str, int], 
         }
         for dtype, passes in timings.items()
     }
-    record["ratios"] = ratios({dtype: passes[judged] for dtype, passes in timings.items()}, TARGETS, judge=judge)
+    record["ratios"] = ratios({dtype: passes[judged] for dtype, passes in timings.items()}, targets, judge=judge)
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:

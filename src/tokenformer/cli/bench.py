@@ -18,6 +18,7 @@ BENCHMARKS = {
     "pattention": "one Pattention against the published order of operations, a GELU MLP and the bare products",
     "forward": "prefill of a TokenFormer against transformers' GPTNeoX of equal size",
     "decode": "generation by a TokenFormer against GPTNeoX of equal size, and against the memory's bandwidth",
+    "sparse": "decoding by a sparse model against the same model with all its tokens",
     "images": "reading and cropping images by number of workers, against the training step of a classifier",
     "long-context": "training steps over sequence length: a grown TokenFormer against a wider GPTNeoX",
 }
@@ -29,6 +30,7 @@ EXAMPLE = """\
   tokenformer bench forward --threads 2 --json benchmarks/results/
   tokenformer bench decode --quick
   tokenformer bench decode --threads 2 --json benchmarks/results/
+  tokenformer bench sparse --quick
   tokenformer bench images --quick
   tokenformer bench images --train cifar10/train.parquet --crop pad --model runs/cifar10
   tokenformer bench long-context --quick
@@ -59,6 +61,10 @@ _LABELS = {
     "tokenformer_compiled": "TokenFormer, compiled",
     "gpt_neox_eager": "GPTNeoX, eager",
     "gpt_neox_compiled": "GPTNeoX, compiled",
+    "dense_eager": "all tokens, eager",
+    "dense_compiled": "all tokens, compiled",
+    "sparse_eager": "sparse, eager",
+    "sparse_compiled": "sparse, compiled",
 }
 
 
@@ -76,6 +82,7 @@ def main(argv: list[str]) -> None:
         "pattention": pattention,
         "forward": forward,
         "decode": decode,
+        "sparse": sparse,
         "images": images,
         "long-context": long_context,
     }
@@ -186,6 +193,42 @@ def decode(
     run = partial(
         measure, config, prompt=prompt, tokens=tokens, dtypes=_names(dtypes), threads=threads, repeats=repeats
     )
+    _run(run, json, command, _print_models)
+
+
+def sparse(
+    *,
+    preset: str = "1.5B",
+    keep: float = 0.25,
+    tokens: int = 16,
+    dtypes: str = "bfloat16",
+    threads: int | None = None,
+    repeats: int = 5,
+    quick: bool = False,
+    json: str | None = None,
+    command: str | None = None,
+) -> None:
+    """Measure generation by a sparse model and print the figures.
+
+    Args:
+        preset: size of the paper (150M, 450M, 900M, 1.5B); the target is for 1.5B.
+        keep: share of the tokens of sparse layers that an input computes.
+        tokens: tokens to generate, one at a time.
+        dtypes: of weights and cache, separated by commas; float32 takes twice the memory.
+        threads: of torch; one per physical core if not given.
+        repeats: rounds; every case runs once in each.
+        quick: a small model, at most 8 tokens and 3 rounds, to see that it runs.
+        json: file for the record, a folder to give it its usual name there, or - for standard output.
+        command: written into the record.
+    """
+    from tokenformer.benchmarks.models import small_config
+    from tokenformer.benchmarks.sparse import measure
+    from tokenformer.models import TokenFormerConfig
+
+    config = small_config() if quick else None if preset == "1.5B" else TokenFormerConfig.preset(preset)
+    if quick:
+        tokens, repeats = min(tokens, 8), min(repeats, 3)
+    run = partial(measure, config, keep=keep, tokens=tokens, dtypes=_names(dtypes), threads=threads, repeats=repeats)
     _run(run, json, command, _print_models)
 
 

@@ -5,6 +5,7 @@ from tokenformer.serving.chat import chat
 
 EXAMPLE = """\
   tokenformer chat http://127.0.0.1:8000
+  tokenformer chat --adapter law
   echo 'Who are you?' | tokenformer chat --greedy --max-tokens 50
 """
 

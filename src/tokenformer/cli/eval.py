@@ -16,6 +16,7 @@ EXAMPLE = """\
   tokenformer eval runs/small --tasks arc_easy,piqa --limit 100 --num-fewshot 5
   tokenformer eval runs/digits --images digits --out eval.json --picture confusion.png
   tokenformer eval runs/cifar10 --images cat.png dog.png
+  tokenformer eval runs/small --adapter runs/small-law --perplexity law.txt
 """
 
 _MODES = {"tasks": "NAMES", "perplexity": "FILES", "images": "SOURCE"}
@@ -68,6 +69,7 @@ def evaluate(
     tasks: list[str] | None = None,
     perplexity: list[str] | None = None,
     images: list[str] | None = None,
+    adapter: list[str] | None = None,
     context: int | None = None,
     stride: int | None = None,
     word_level: bool = False,
@@ -98,6 +100,7 @@ def evaluate(
             .idx files of Megatron and GPT-NeoX.
         images: digits (of scikit-learn), a folder with a folder for each class, a Parquet file or a dataset on the Hub;
             or image files without labels, or a folder of such, to see what the model takes them for.
+        adapter: folders of `tokenformer tune` for this model, active together; FOLDER=WEIGHT for another weight than 1.
         context: tokens the model reads at once; if not given, as many as it takes, for perplexity at most 2048.
         stride: tokens by which the window moves on, for perplexity; half of the context if not given.
         word_level: also the perplexity per word.
@@ -141,6 +144,7 @@ def evaluate(
         selection = select_tasks(names, include_path=include_path)
         loaded = load_any_model(model, dtype=dtype, device=place)
         record = new_record("tasks", loaded, model, command=command, threads=num_threads)
+        _tune(loaded, adapter, record)
         results = run_tasks(
             loaded, tokenizer, selection, num_fewshot=num_fewshot, limit=limit, batch_size=rows, context=context
         )
@@ -151,6 +155,7 @@ def evaluate(
         sources = read_sources(perplexity, tokenizer, text_field=text_field, split=split or "test", progress=True)
         loaded = load_any_model(model, dtype=dtype, device=place)
         record = new_record("perplexity", loaded, model, command=command, threads=num_threads)
+        _tune(loaded, adapter, record)
         results = evaluate_sources(
             loaded,
             tokenizer,
@@ -167,6 +172,7 @@ def evaluate(
         record, shown = _evaluate_images(
             model,
             images or [],
+            adapter=adapter,
             split=split,
             image_column=image_column,
             label_column=label_column,
@@ -184,10 +190,19 @@ def evaluate(
         sys.stdout.write(f"\nrecord: {out}\n")
 
 
+def _tune(model: Any, adapters: list[str] | None, record: dict[str, Any]) -> None:
+    """Put adapters into a model, and their weights into the record."""
+    if adapters is not None:
+        from tokenformer.tuning.files import load_adapters
+
+        record["model"]["adapters"] = load_adapters(model, adapters)
+
+
 def _evaluate_images(
     model: str,
     sources: list[str],
     *,
+    adapter: list[str] | None,
     split: str | None,
     image_column: str | None,
     label_column: str | None,
@@ -219,6 +234,7 @@ def _evaluate_images(
             raise UserError(f"{_flags(given[:1])} needs images with labels, and these are files without")
         loaded = load_any_classifier(model, **load)
         record = new_record("predictions", loaded, model, **run)
+        _tune(loaded, adapter, record)
         found = record["results"] = predict_images(loaded, files, processor, on_bad_image=bad_images, **how)
         missing = (
             f"{len(files) - len(found)} of {len(files)} images could not be read\n" if len(found) < len(files) else ""
@@ -229,6 +245,7 @@ def _evaluate_images(
     count = part_of(len(images), limit)
     loaded = load_any_classifier(model, **load)
     record = new_record("images", loaded, model, **run)
+    _tune(loaded, adapter, record)
     record["data"] = {"source": source, "split": split, "fingerprint": fingerprint, "limit": count}
     results = record["results"] = evaluate_images(loaded, images, processor, limit=count, **how)
     if not math.isfinite(results["loss"]):

@@ -10,6 +10,7 @@ EXAMPLE = """\
   tokenformer generate runs/small --prompt 'Once upon a time' --max-new-tokens 50
   cat story.txt | tokenformer generate runs/small --prompt - --greedy
   tokenformer generate runs/large --prompt 'Once upon a time' --greedy --assistant runs/small
+  tokenformer generate runs/small --adapter runs/small-law --prompt 'The party'
 """
 
 
@@ -23,6 +24,7 @@ def generate(
     model: str,
     *,
     prompt: str = "",
+    adapter: list[str] | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int = 50,
@@ -41,6 +43,7 @@ def generate(
     Args:
         model: folder with model and tokenizer, or a name on the Hub.
         prompt: text to continue; - reads it from standard input; if empty, a new text is begun.
+        adapter: folders of `tokenformer tune` for this model, active together; FOLDER=WEIGHT for another weight than 1.
         max_new_tokens: stop after so many tokens at the latest.
         temperature: above 1 bolder, below 1 more cautious.
         top_k: sample from the so many likeliest tokens; 0 for all.
@@ -63,8 +66,13 @@ def generate(
     from tokenformer.models.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(model)
+    loaded = load_model(model, dtype=dtype, device=device)
+    if adapter is not None:
+        from tokenformer.tuning.files import load_adapters
+
+        load_adapters(loaded, adapter)
     pieces = generate_text(
-        load_model(model, dtype=dtype, device=device),
+        loaded,
         tokenizer,
         text,
         max_new_tokens=max_new_tokens,

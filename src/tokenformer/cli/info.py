@@ -84,8 +84,10 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _of_language_model(report: dict[str, Any]) -> list[tuple[str, str]]:
     rotary, length, entries = report["rotary"], report["sequence_length"], report["tokenizer"]
-    flops, decode = report["flops_per_token"], report["decode_bytes_per_token"]
+    flops, decode, sparsity = report["flops_per_token"], report["decode_bytes_per_token"], report["sparsity"]
+    sparse = "an input computes {computed:.1%} of the parameter tokens and reads {read:.1%} of their memory"
     return [
+        *([("sparse", sparse.format(**sparsity))] if sparsity else []),
         ("rotary", f"{rotary['channels_per_head']} channels of each head, base {rotary['theta']:g}"),
         ("longest sequence", f"{report['max_position_embeddings']:,} tokens"),
         (

@@ -3,7 +3,7 @@
 | key       | what                                                                                              |
 |-----------|---------------------------------------------------------------------------------------------------|
 | `kind`    | `perplexity`, `tasks`, `images` or `predictions`                                                  |
-| `model`   | `name`, `path` as given, `model_type`, `parameters`, `dtype`                                      |
+| `model`   | `name`, `path` as given, `model_type`, `parameters`, `dtype`; `adapters` with weights if any      |
 | `run`     | `date` (UTC), `command`, `device`, `threads`, `hardware`, `versions`                              |
 | `results` | perplexity: what `evaluate_sources` returns; tasks: metrics of each task, as lm-eval writes them; |
 |           | images: what `evaluate_images` returns; predictions: what `predict_images` returns                |

@@ -42,6 +42,8 @@ class TokenFormerConfig(SegmentedConfig):
         pattention_eps: added to the sum of squares under the root.
         layer_norm_eps: of every layer norm.
         max_position_embeddings: longest sequence seen in training.
+        sparsity: the layers that compute some of their tokens, as `tokenformer.sparsity.sparsify` makes them: by name
+            in the backbone, the sizes of a `tokenformer.sparse.SparsePattention`.
         initializer_range: standard deviation of keys and embeddings at initialisation.
         value_initializer_range: of values; the published 2 / (layers * sqrt(hidden_size)) if not given, which is large
             for few and narrow layers.
@@ -56,6 +58,7 @@ class TokenFormerConfig(SegmentedConfig):
     vocab_size: int = 50304
     rotary_pct: float | int = 0.25
     max_position_embeddings: int = 2048
+    sparsity: dict[str, Any] | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 0

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenformer.pattention import Pattention
+from tokenformer.pattention import BASE, Pattention
+from tokenformer.sparse import SparsePattention
 
 
 def count_tokens(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -16,7 +17,30 @@ def count_tokens(model: nn.Module) -> dict[str, dict[str, int]]:
         if isinstance(layer, Pattention):
             for name, segment in layer.segments.items():
                 counts[name][layer.kind or "other"] += sum(p.numel() for p in segment.parameters())
+        elif isinstance(layer, SparsePattention):
+            counts[BASE][layer.kind or "other"] += layer.key.numel() + layer.value.numel()
     return {name: dict(kinds) for name, kinds in counts.items()}
+
+
+def shares(model: nn.Module) -> dict[str, float]:
+    """The share of all parameter tokens that an input computes, and the share of their memory that it reads.
+
+    Both are 1 but for sparse layers, which read norm, router and remainder beside the tokens that they compute.
+    """
+    computed, read, tokens, memory = 0, 0, 0, 0
+    for layer in model.modules():
+        if not isinstance(layer, (Pattention, SparsePattention)):
+            continue
+        elements = layer.num_tokens * (layer.in_features + layer.out_features)
+        if isinstance(layer, SparsePattention):
+            computed += layer.active * layer.group_size
+            read += sum(layer.elements_read().values())
+        else:
+            computed += layer.num_tokens
+            read += elements
+        tokens += layer.num_tokens
+        memory += elements
+    return {"computed": computed / tokens, "read": read / memory}
 
 
 def non_embedding_parameters(model: Any) -> int:
@@ -128,8 +152,8 @@ class CostMixin(nn.Module):
     def decode_bytes_per_token(self, context_length: int = 0, dtype: torch.dtype | None = None) -> int:
         """Bytes read from memory to generate one token at batch size 1.
 
-        Every parameter token, the output embedding and the final norm once; the keys and values of `context_length`
-        cached positions; one row of the input embedding.
+        Every parameter token (of a sparse layer, what it reads instead), the output embedding and the final norm once;
+        the keys and values of `context_length` cached positions; one row of the input embedding.
 
         Args:
             context_length: positions in the cache.
@@ -137,6 +161,10 @@ class CostMixin(nn.Module):
         """
         config = self.config
         size = (dtype or self.dtype).itemsize
-        weights = self.num_token_parameters() + config.vocab_size * config.hidden_size + 3 * config.hidden_size
+        tokens = self.num_token_parameters()
+        for layer in self.modules():
+            if isinstance(layer, SparsePattention):
+                tokens += sum(layer.elements_read().values()) - layer.key.numel() - layer.value.numel()
+        weights = tokens + config.vocab_size * config.hidden_size + 3 * config.hidden_size
         cache = 2 * config.num_hidden_layers * config.hidden_size * context_length
         return size * (weights + cache)

@@ -24,6 +24,7 @@ from tokenformer.models.configuration_tokenformer import TokenFormerConfig
 from tokenformer.models.cost import CostMixin
 from tokenformer.models.segments import SegmentedModel
 from tokenformer.modules import OutputEmbedding, TokenFormerBlock, rotary_angles
+from tokenformer.sparse import apply_sparsity
 
 
 class TokenFormerPreTrainedModel(CostMixin, SegmentedModel):
@@ -73,6 +74,8 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         self.layers = nn.ModuleList(TokenFormerBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+        if config.sparsity:
+            apply_sparsity(self, config.sparsity)
         self.post_init()
 
     @merge_with_config_defaults

@@ -16,6 +16,7 @@ from tokenformer.errors import UserError
 from tokenformer.modules import KINDS, TokenFormerAttention, TokenFormerBlock
 from tokenformer.ops import get_activation, get_normalization
 from tokenformer.pattention import BASE, ParameterTokens, Pattention, check_segment_name
+from tokenformer.sparse import refuse_sparse
 
 
 @strict
@@ -108,8 +109,9 @@ class SegmentedModel(PreTrainedModel):
         For deployment, and before handing a grown model to code that knows no segments.
 
         Raises:
-            UserError: an adapter sits on a segment.
+            UserError: an adapter sits on a segment, or the model is sparse.
         """
+        refuse_sparse(self, "merged")
         for layer in self.modules():
             if isinstance(layer, Pattention):
                 layer.merge_segments()

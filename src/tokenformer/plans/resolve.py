@@ -8,9 +8,11 @@ from typing import Any, cast
 from transformers import PreTrainedConfig
 
 from tokenformer.errors import UserError
+from tokenformer.models.loading import empty_model
 from tokenformer.models.segments import SegmentedConfig
 from tokenformer.plans.plan import AnyPlan, Family, Growth, Stage, naming
-from tokenformer.plans.task import ResolvedStage, Sizes, task_of
+from tokenformer.plans.task import Counts, ResolvedStage, Sizes, task_of
+from tokenformer.training.nested import FLOPS_PER_WEIGHT, Nesting
 
 _KINDS = ("qkv", "output", "ffn")
 # On the copies of a Transformer's weights: equal ones get equal gradients, so the new parameters would never be used.
@@ -119,8 +121,8 @@ class _Resolver:
         config = self.config(stage.name)
         before = self.plan.before(stage)
         previous = self.stage(before.name) if before is not None else None
-        counts = self.task.counts(config, self.sizes)
         optimizer, training = self._recipes(stage)
+        counts = _nested(self.task.counts(config, self.sizes), config, training)
         # Budgets are counted in tokens, of which a row has many, or in images, which are rows.
         per_row = counts.row_tokens if self.plan.unit == "tokens" else 1
         per_step = training.batch_size * per_row
@@ -206,6 +208,17 @@ def _spread_schedules(plan: AnyPlan, resolved: dict[str, ResolvedStage]) -> None
     for name, (_, begin, end) in spans.items():
         optimizer = dataclasses.replace(resolved[name].optimizer, schedule_from=begin, schedule_to=end)
         resolved[name] = dataclasses.replace(resolved[name], optimizer=optimizer)
+
+
+def _nested(counts: Counts, config: PreTrainedConfig, training: Any) -> Counts:
+    """With the mean cost of the sizes that a nested stage trains, in place of that of the whole model."""
+    if not training.nested:
+        return counts
+    if not isinstance(config, SegmentedConfig):
+        raise UserError("training.nested: only a TokenFormer has prefixes; leave it out")
+    nesting = Nesting(empty_model(config), training.nested, training.nested_draw, training.seed)  # type: ignore[call-overload]
+    left_out = round(FLOPS_PER_WEIGHT * counts.row_tokens * nesting.mean_left_out())
+    return dataclasses.replace(counts, flops_per_row=counts.flops_per_row - left_out)
 
 
 def _grown(config: SegmentedConfig, targets: dict[str, int]) -> SegmentedConfig:

@@ -34,6 +34,9 @@ def describe(plan: AnyPlan, resolved: ResolvedStage) -> dict[str, Any]:
     del optimizer["learning_rate"]
     task = task_of(plan)
     described = task.description(plan, resolved)
+    training = dataclasses.asdict(resolved.training)
+    if not training["nested"]:  # plans that began before there was nested training go on
+        del training["nested"], training["nested_draw"]
     return {
         "label": stage.title,
         "family": resolved.family,
@@ -56,7 +59,7 @@ def describe(plan: AnyPlan, resolved: ResolvedStage) -> dict[str, Any]:
         "data": resolved.data,
         "rows_before": resolved.rows_before,
         "optimizer": optimizer,
-        "training": dataclasses.asdict(resolved.training),
+        "training": training,
     }
 
 

@@ -26,6 +26,7 @@ from tokenformer.errors import UserError
 from tokenformer.models import TokenFormerForCausalLM
 from tokenformer.serving.engine import Engine
 from tokenformer.serving.requests import ChatRequest, CompletionRequest, Sampling
+from tokenformer.tuning.adapters import list_adapters
 
 # For tokenizers without a template: lines of a play, the form of dialogue that text of all kinds is full of.
 CHAT_TEMPLATE = (
@@ -43,10 +44,10 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 def build_app(name: str, model: TokenFormerForCausalLM, tokenizer: PreTrainedTokenizerFast, engine: Engine) -> FastAPI:
-    """The routes of one model.
+    """The routes of one model and of its adapters, each of which is named like a model of its own.
 
     Args:
-        name: by which requests may name the model.
+        name: by which requests may name the model without adapters, which is also meant where they name none.
         model: what answers.
         tokenizer: its own; without a chat template it gets `CHAT_TEMPLATE`.
         engine: how it generates; stopped with the server.
@@ -73,14 +74,21 @@ def build_app(name: str, model: TokenFormerForCausalLM, tokenizer: PreTrainedTok
         tokenizer.chat_template, chat_stop = CHAT_TEMPLATE, CHAT_STOP
     served = _Served(name, model, tokenizer, engine)
     chat_handler, completion_handler = _Chat(served), _Completion(served)
-    about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tokenformer"}
-    about |= {"max_model_len": model.config.max_position_embeddings}
+    card = {"object": "model", "created": int(time.time()), "owned_by": "tokenformer"}
+    card |= {"max_model_len": model.config.max_position_embeddings}
+    about: dict[str, dict[str, Any]] = {name: {"id": name, **card}}
+    about |= {adapter.name: {"id": adapter.name, **card, "parent": name} for adapter in list_adapters(model)}
+
+    def _known(model_id: str) -> str:
+        if model_id not in about:
+            which = f"this is '{name}'" if len(about) == 1 else f"there are {', '.join(map(repr, about))}"
+            raise HTTPException(404, f"the model '{model_id}' is not served here: {which}")
+        return model_id
 
     async def respond(
         request: Request, handler: _Chat | _Completion, body: dict[str, Any], sampling: Sampling
     ) -> Response:
-        if body.get("model", name) != name:
-            raise HTTPException(404, f"the model '{body['model']}' is not served here: this is '{name}'")
+        sampling.adapter = None if _known(body.get("model", name)) == name else body["model"]
         request_id = uuid4().hex
         try:
             answering = handler.handle_request({**body, "sampling": sampling}, request_id)
@@ -109,13 +117,11 @@ def build_app(name: str, model: TokenFormerForCausalLM, tokenizer: PreTrainedTok
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [about]}
+        return {"object": "list", "data": list(about.values())}
 
     @app.get("/v1/models/{model_id:path}")
     async def model_by_id(model_id: str) -> dict[str, Any]:
-        if model_id != name:
-            raise HTTPException(404, f"the model '{model_id}' is not served here: this is '{name}'")
-        return about
+        return about[_known(model_id)]
 
     @app.get("/health")
     async def health() -> Response:
@@ -155,7 +161,7 @@ class _OneModel(BaseHandler):
         """Nothing: the body was made of a `ChatRequest` or `CompletionRequest`."""
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        return self.served.name, self.served.model, self.served.tokenizer
+        return body["sampling"].adapter or self.served.name, self.served.model, self.served.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
         return body["sampling"]  # the handlers only look at its max_new_tokens, and hand it to the engine

@@ -10,6 +10,7 @@ from tokenformer.errors import UserError, require_extra
 def chat(
     server: str = "http://127.0.0.1:8000",
     *,
+    adapter: str | None = None,
     system: str = "",
     max_tokens: int | None = None,
     temperature: float = 0.8,
@@ -23,6 +24,7 @@ def chat(
 
     Args:
         server: address of `tokenformer serve`.
+        adapter: one of those that the server offers; the model alone if not given.
         system: text put in front of the conversation.
         max_tokens: of an answer; as many as the context holds if not given.
         temperature: above 1 bolder, below 1 more cautious.
@@ -31,7 +33,8 @@ def chat(
         seed: equal seeds give equal answers; others each time if not given.
 
     Raises:
-        UserError: no server there, or it refuses a message (in a terminal, that is said and the chat goes on).
+        UserError: no server there, no such adapter, or it refuses a message (in a terminal, that is said and the chat
+            goes on).
     """
     require_extra("serve", "openai")
     if "://" not in server:
@@ -54,11 +57,16 @@ def chat(
     if not models:
         raise UserError(f"{server} serves no model")
 
+    model = models[0].id if adapter is None else adapter
+    if model not in (names := [served.id for served in models]):
+        offered = f"it has {', '.join(names[1:])}" if names[1:] else "it has none"
+        raise UserError(f"{server} has no adapter '{adapter}': {offered}")
+
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401  # gives input() a history and editing keys
 
-        sys.stdout.write(f"Talking to {models[0].id}. /clear forgets the conversation, /exit ends it.\n")
+        sys.stdout.write(f"Talking to {model}. /clear forgets the conversation, /exit ends it.\n")
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
     while (line := _read(terminal)) is not None and line != "/exit":
@@ -67,7 +75,7 @@ def chat(
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                messages.append({"role": "assistant", "content": _answer(client, models[0].id, messages, options)})
+                messages.append({"role": "assistant", "content": _answer(client, model, messages, options)})
             except openai.APIError as error:
                 messages.pop()
                 if not terminal:

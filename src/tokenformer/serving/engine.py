@@ -32,6 +32,7 @@ from tokenformer.generation import (
 )
 from tokenformer.models import TokenFormerForCausalLM
 from tokenformer.serving.requests import Sampling
+from tokenformer.tuning.adapters import set_adapter
 
 # Requests in work or waiting; more are refused, so that a crowd cannot fill the memory.
 MOST_REQUESTS = 256
@@ -208,6 +209,7 @@ class OneByOne(Engine):
             # Here, not where the request arrived: another one may be sampling then.
             torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
         prompt = torch.tensor([answer.ids], device=self.model.device)
+        set_adapter(self.model, sampling.adapter)
         self.model.generate(  # type: ignore[misc]  # declared for a class of its own, GenerativePreTrainedModel
             prompt,
             attention_mask=torch.ones_like(prompt),

@@ -23,6 +23,7 @@ class Sampling:
         stop: strings that end the text; they are not part of it.
         seed: equal seeds give equal texts; None gives another each time.
         option: the client's name of `max_new_tokens`, for messages.
+        adapter: that takes part; None for the model alone.
     """
 
     max_new_tokens: int | None
@@ -32,6 +33,7 @@ class Sampling:
     stop: tuple[str, ...]
     seed: int | None
     option: str
+    adapter: str | None = None
 
 
 def _is_text(text: str) -> str:

@@ -4,6 +4,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from tokenformer.errors import UserError, require_extra
@@ -14,6 +15,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    adapters: list[str] | None = None,
     continuous_batching: bool = False,
     dtype: str | None = None,
     device: str | None = None,
@@ -29,6 +31,8 @@ def serve(
         model: folder with model and tokenizer, or a name on the Hub; the name by which requests may name it, too.
         host: address to listen on; 0.0.0.0 for all of the machine's.
         port: to listen on; 0 for a free one.
+        adapters: folders of `tokenformer tune` for this model; a request chooses one by naming it as its model.
+            NAME=FOLDER for another name than the one it has.
         continuous_batching: let requests share the steps of one batch, instead of one after the other.
         dtype: float32, bfloat16 or float16; as saved if not given.
         device: such as cuda; the CPU if not given.
@@ -36,11 +40,14 @@ def serve(
         grace: seconds for requests in work once the server is told to stop.
 
     Raises:
-        UserError: the port is taken, the model cannot be read, an option is out of range, or packages are missing.
+        UserError: the port is taken, the model or an adapter cannot be read, an option is out of range, or packages
+            are missing.
     """
     require_extra("serve", "fastapi", "uvicorn", "pydantic", "openai")
     if grace < 0:
         raise UserError(f"grace must be at least 0, got {grace}")
+    if adapters and continuous_batching:
+        raise UserError("requests in one batch cannot have different adapters: leave out continuous_batching")
     # First of all, because it fails at once, and loading takes long.
     with _listen(host, port) as listener:
         from tokenformer.hardware import set_threads
@@ -53,6 +60,8 @@ def serve(
 
         tokenizer = load_tokenizer(model)
         loaded = load_model(model, dtype=dtype, device=device)
+        for given in adapters or []:
+            _load_adapter(loaded, given, model)
         if tokenizer.chat_template is None:
             sys.stderr.write(f"{model} has no chat template: a chat becomes lines with 'User:' and 'Assistant:'\n")
         engine = (Batched if continuous_batching else OneByOne)(loaded, tokenizer)
@@ -60,6 +69,17 @@ def serve(
             _run(build_app(model, loaded, tokenizer, engine), listener, f"serving {model} at", grace)
         finally:
             engine.stop()  # again, in case the server was told twice to stop and did not get there
+
+
+def _load_adapter(model: Any, given: str, served: str) -> None:
+    """Load the adapter that `FOLDER` or `NAME=FOLDER` asks for; it takes part in nothing yet."""
+    from tokenformer.tuning.files import load_adapter
+
+    name, equals, folder = given.partition("=")
+    named = bool(equals) and not Path(given).is_dir()
+    found = load_adapter(model, folder if named else given, name if named else None, activate=False)
+    if found == served:
+        raise UserError(f"adapter '{found}' is called like the model: give it another name, as NAME={given}")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -29,15 +29,15 @@ class Metrics(TrainerCallback):
 
     Args:
         run: folder of the run.
-        per_step: how much of `tokens`, `flops` and the like a step is.
+        done: how much of `tokens`, `flops` and the like so many steps are.
 
     `seconds` counts time spent training, over all sessions of the run. Lines after the checkpoint that a run resumes
     from are dropped, so that the file reads as if the run had never stopped.
     """
 
-    def __init__(self, run: Path, per_step: Mapping[str, int]) -> None:
+    def __init__(self, run: Path, done: Callable[[int], Mapping[str, int]]) -> None:
         self.path = run / METRICS_FILE
-        self.per_step = per_step
+        self.done = done
         self.seconds_before = 0.0
         self.started = time.perf_counter()
 
@@ -81,8 +81,7 @@ class Metrics(TrainerCallback):
         logs.pop("epoch", None)
         if "train_runtime" in logs:
             return
-        done = {name: state.global_step * count for name, count in self.per_step.items()}
-        line = {"step": state.global_step, **done, "seconds": round(self.seconds, 3), **logs}
+        line = {"step": state.global_step, **self.done(state.global_step), "seconds": round(self.seconds, 3), **logs}
         with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -1,7 +1,7 @@
 """The recipe of an image classifier: typed, written as YAML, every field overridable on the command line."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tokenformer.errors import UserError
 from tokenformer.training.recipe import SIZES, OptimizerRecipe, RunRecipe, StepsRecipe, require_positive
@@ -175,6 +175,12 @@ class ImageRecipe(RunRecipe):
     augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)
     optimizer: ImageOptimizerRecipe = field(default_factory=ImageOptimizerRecipe)
     training: ImageTrainingRecipe = field(default_factory=ImageTrainingRecipe)
+
+    def open(self, *, progress: bool = False) -> Any:
+        """An ImageTask."""
+        from tokenformer.training.images import ImageTask  # kornia and scikit-learn are no dependencies of recipes
+
+        return ImageTask(self)
 
     @property
     def learning_rate(self) -> float:

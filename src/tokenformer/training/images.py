@@ -41,6 +41,7 @@ class ImageTask(Task):
     """
 
     unit = "images"
+    trainer_class: type["ImageTrainer"]
 
     def __init__(self, recipe: ImageRecipe) -> None:
         self.recipe = recipe
@@ -90,7 +91,7 @@ class ImageTask(Task):
             erasing=augmentation.erasing,
             label_smoothing=augmentation.label_smoothing,
         )
-        return ImageTrainer(
+        return self.trainer_class(
             augment=augment,
             ema=self.recipe.training.ema,
             evaluate_with=evaluate,
@@ -205,6 +206,9 @@ class ImageTrainer(RunTrainer):
             whole_steps=True,
         )
         return _WithPositions(rows)
+
+
+ImageTask.trainer_class = ImageTrainer
 
 
 class _Averaging(TrainerCallback):

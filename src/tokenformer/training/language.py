@@ -32,6 +32,7 @@ class LanguageTask(Task):
     """
 
     unit = "tokens"
+    trainer_class: type[LanguageTrainer] = LanguageTrainer
 
     def __init__(self, recipe: Recipe, *, progress: bool) -> None:
         options = dataclasses.asdict(recipe.data)
@@ -56,7 +57,7 @@ class LanguageTask(Task):
 
     def trainer(self, evaluate: Callable[[torch.nn.Module], dict[str, float]], **options: Any) -> RunTrainer:
         """A LanguageTrainer."""
-        return LanguageTrainer(evaluate_with=evaluate, skip_rows=self.skip_rows, **options)
+        return self.trainer_class(evaluate_with=evaluate, skip_rows=self.skip_rows, **options)
 
     def evaluate(self, model: torch.nn.Module, *, device: torch.device) -> dict[str, float]:
         """Loss in nats per token, perplexity, bits per byte and the number of tokens."""

@@ -21,6 +21,17 @@ class RunRecipe:
     optimizer: Any
     training: Any
 
+    def open(self, *, progress: bool = False) -> Any:
+        """Data and model, as a `Task`; nothing is written.
+
+        Args:
+            progress: show a bar while text is read.
+
+        Raises:
+            UserError: they are missing, damaged, or do not fit together.
+        """
+        raise NotImplementedError
+
     def to_yaml(self) -> str:
         """The recipe as it is written into the run's folder."""
         return yaml.safe_dump(dataclasses.asdict(cast(Any, self)), sort_keys=False)
@@ -62,6 +73,7 @@ class RunRecipe:
                 f"optimizer.schedule_to {self.optimizer.schedule_to}"
             )
         self._validate_growth()
+        self._validate_nested()
         if not 0 <= self.training.collapse_rise < math.inf:
             raise UserError(f"training.collapse_rise must not be negative, got {self.training.collapse_rise}")
         if self.optimizer.weight_decay < 0:
@@ -70,6 +82,26 @@ class RunRecipe:
         if micro is not None and self.training.batch_size % micro:
             raise UserError(
                 f"training.batch_size {self.training.batch_size} is not a multiple of training.micro_batch_size {micro}"
+            )
+
+    def _validate_nested(self) -> None:
+        training = self.training
+        shares = training.nested
+        if not shares:
+            if training.nested_draw != "sizes":
+                raise UserError(f"training.nested_draw {training.nested_draw} needs training.nested: give the sizes")
+            return
+        if len(set(shares)) < len(shares) or not all(0 < share <= 1 for share in shares) or 1 not in shares:
+            raise UserError(
+                "training.nested must hold different shares between 0 and 1, the whole model (1) among them, got "
+                f"{shares}"
+            )
+        if len(shares) == 1:
+            raise UserError("training.nested [1] is the whole model alone: add smaller shares, or leave it out")
+        if training.compile == "on" and (training.nested_draw != "sizes" or len(shares) > MOST_COMPILED_SIZES):
+            raise UserError(
+                f"training.compile on: of a nested run {MOST_COMPILED_SIZES} sizes at most are compiled, and with "
+                "training.nested_draw sizes alone; set it to off or auto"
             )
 
     def _validate_growth(self) -> None:
@@ -208,6 +240,10 @@ class StepsRecipe:
             go back to the last checkpoint and skip the batches from there up to the collapse.
         collapse_rise: nats by which the loss of a step exceeds its running mean when it counts as a collapse; 0 counts
             only what is not finite.
+        nested: shares of the tokens, the last one 1, such as [0.25, 0.5, 1]: each pass (micro-batch) trains the first
+            tokens of every layer alone, so that the model works at each of these sizes. Trains the whole if not given.
+        nested_draw: what a pass draws: one of the sizes for all layers; for each of the kinds qkv, output and ffn its
+            own; or for each kind any number of tokens from the smallest size on.
     """
 
     batch_size: int = 16
@@ -223,6 +259,8 @@ class StepsRecipe:
     threads: int | None = None
     on_collapse: Literal["stop", "skip"] = "stop"
     collapse_rise: float = 0.0
+    nested: list[float] = field(default_factory=list)
+    nested_draw: Literal["sizes", "kinds", "any"] = "sizes"
 
 
 @dataclass
@@ -254,6 +292,12 @@ class Recipe(RunRecipe):
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
 
+    def open(self, *, progress: bool = False) -> Any:
+        """A LanguageTask."""
+        from tokenformer.training.language import LanguageTask  # which needs recipes
+
+        return LanguageTask(self, progress=progress)
+
     def validate(self) -> None:
         """Raise `UserError` on the first value that cannot be, naming the field."""
         if not self.data.path:
@@ -268,6 +312,8 @@ class Recipe(RunRecipe):
 
 RECIPE_FILE = "recipe.yaml"
 _MAX_OLD_TOKENS = 1000
+# torch.compile gives up on a function after eight versions of it.
+MOST_COMPILED_SIZES = 8
 # on_collapse is free so that a run which stopped over a collapse can go on by skipping.
 _FREE = {"out", "training.threads", "training.keep_checkpoints", "training.save_every", "training.on_collapse"}
 SIZES = (

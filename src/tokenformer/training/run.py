@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
+from tokenformer.elastic.sizes import prefix
 from tokenformer.errors import UserError
 from tokenformer.folders import CHECKPOINTS, PARTIAL, saving, step_of, whole_checkpoints, write_atomically
 from tokenformer.hardware import autocast_dtype, peak_flops, pick_device, pick_precision, set_threads
@@ -29,13 +31,15 @@ from tokenformer.training.callbacks import (
 )
 from tokenformer.training.collapse import SKIPS_FILE, Collapse, LossRise, read_skips, skip_batches
 from tokenformer.training.image_recipe import ImageRecipe
-from tokenformer.training.language import LanguageTask
+from tokenformer.training.nested import Nesting
 from tokenformer.training.recipe import RECIPE_FILE, Recipe
 from tokenformer.training.task import Task
 from tokenformer.training.trainer import RunTrainer, carried_state, old_parameters
 
 SUMMARY_FILE = "summary.json"
 DATA_FILE = "data.json"
+_AT = "_at_"
+_SAME_AT_ALL_SIZES = ("tokens", "images")
 
 
 def train(recipe: Recipe | ImageRecipe, *, progress: bool = True, title: str = "train") -> dict[str, Any]:
@@ -102,12 +106,12 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
     checkpoints = whole_checkpoints(run)
     resumed = checkpoints[-1] if checkpoints else None
     skips = read_skips(run)
-    metrics = Metrics(run, task.per_step)
+    metrics = Metrics(run, task.done)
     stop = StopOnSignal()
 
     def evaluate(candidate: torch.nn.Module) -> dict[str, float]:
         with metrics.paused():
-            return task.evaluate(candidate, device=device)
+            return evaluate_sizes(task, candidate, device)
 
     trainer = task.trainer(
         evaluate,
@@ -120,6 +124,7 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
         schedule=(optimizer.schedule_from, optimizer.schedule_to),
         loss_rise=LossRise(recipe.training.collapse_rise) if recipe.training.collapse_rise > 0 else None,
         skips=skips,
+        nesting=task.nesting,
         model=model,
         args=_arguments(recipe, task, precision, device),
         train_dataset=task.train_rows,
@@ -155,7 +160,7 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
 
     last = read_metrics(run / METRICS_FILE)[-1]
     seconds = last["seconds"]
-    done = {name: steps * count for name, count in task.per_step.items()}
+    done = task.done(steps)
     peak = peak_flops(device)
     summary = {
         "steps": steps,
@@ -165,6 +170,7 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
         **{f"{name}_per_second": count / seconds for name, count in done.items() if name != "flops"},
         "mfu": done["flops"] / seconds / peak if peak else None,
         **task.summary(last),
+        **_smaller_sizes(task, last),
         "learning_rate": task.learning_rate,
         "skips": [dataclasses.asdict(skip) for skip in skips],
         "precision": precision,
@@ -184,11 +190,31 @@ def open_task(recipe: Recipe | ImageRecipe, *, progress: bool = False) -> Task:
     Raises:
         UserError: they are missing, damaged, or do not fit together.
     """
-    if isinstance(recipe, Recipe):
-        return LanguageTask(recipe, progress=progress)
-    from tokenformer.training.images import ImageTask  # kornia and scikit-learn are no dependencies of language models
+    task: Task = recipe.open(progress=progress)
+    training = recipe.training
+    if training.nested:
+        passes = training.batch_size // (training.micro_batch_size or training.batch_size)
+        task.nesting = Nesting(task.model, training.nested, training.nested_draw, training.seed, passes)
+    return task
 
-    return ImageTask(recipe)
+
+def evaluate_sizes(task: Task, model: torch.nn.Module, device: torch.device) -> dict[str, float]:
+    """Figures on the held-out rows, and those of every smaller size of a nested run as `loss_at_0.25` and the like."""
+    figures = task.evaluate(model, device=device)
+    if task.nesting is not None:
+        for share in task.nesting.shares[:-1]:
+            with task.nesting.at(model, task.nesting.sizes(share)):
+                smaller = task.evaluate(model, device=device)
+            figures |= {f"{name}{_AT}{share:g}": smaller[name] for name in smaller if name not in _SAME_AT_ALL_SIZES}
+    return figures
+
+
+def _smaller_sizes(task: Task, last: Mapping[str, Any]) -> dict[str, Any]:
+    """What the summary says of the smaller sizes of a nested run, from the last line of its metrics."""
+    if task.nesting is None:
+        return {}
+    sizes = {f"{share:g}": task.nesting.sizes(share) for share in task.nesting.shares}
+    return {**{name: value for name, value in last.items() if _AT in name}, "nested": sizes}
 
 
 def _check_folder(run: Path, recipe: Recipe | ImageRecipe) -> dict[str, Any] | None:
@@ -266,7 +292,9 @@ def _arguments(recipe: Recipe | ImageRecipe, task: Task, precision: str, device:
 def _compile(trainer: RunTrainer, recipe: Recipe | ImageRecipe, task: Task) -> float:
     """Compile the model and try one step; go on without where that fails. Returns the seconds it took."""
     choice, device = recipe.training.compile, trainer.args.device
-    if choice == "off" or (choice == "auto" and not _compile_pays(task.steps * task.per_step["flops"], device)):
+    if choice == "off" or (choice == "auto" and not _compile_pays(task.done(task.steps)["flops"], device)):
+        return 0.0
+    if task.nesting is not None and not task.nesting.few_sizes:
         return 0.0
     model = cast(torch.nn.Module, trainer.model)
     started = time.perf_counter()
@@ -274,8 +302,10 @@ def _compile(trainer: RunTrainer, recipe: Recipe | ImageRecipe, task: Task) -> f
     try:
         model.compile(dynamic=False)
         model.train()
-        with trainer.compute_loss_context_manager():
-            task.example_loss(model, device).backward()
+        # Each size is a program of its own, made here and not in the midst of training.
+        for sizes in [{}] if task.nesting is None else map(task.nesting.sizes, task.nesting.shares):
+            with prefix(model, **sizes), trainer.compute_loss_context_manager():
+                task.example_loss(model, device).backward()
     except Exception as error:  # whatever the compiler stumbles over, the uncompiled model trains
         if choice == "on":
             raise UserError(f"torch.compile failed ({_first_line(error)}): set training.compile to off") from error

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tokenformer.training.nested import FLOPS_PER_WEIGHT, Nesting
 from tokenformer.training.trainer import RunTrainer
 
 
@@ -20,11 +21,12 @@ class Task(ABC):
         held_out_rows: what is measured.
         steps: optimizer steps of the whole run.
         unit: what progress counts, such as tokens.
-        per_step: how much of `tokens`, `flops` and, for images, `images` a step is.
+        per_step: how much of `tokens`, `flops` and, for images, `images` a step is; a nested step is taken as a whole.
         learning_rate: at the peak.
         warmup: share of the schedule spent warming up.
         fingerprints: of the data, to see that they have not changed since the run began.
         source: where the data come from, for messages.
+        nesting: the sizes at which the model is trained; None for its own alone.
     """
 
     model: PreTrainedModel
@@ -37,6 +39,16 @@ class Task(ABC):
     warmup: float
     fingerprints: Mapping[str, Any]
     source: str
+    nesting: Nesting | None = None
+
+    def done(self, steps: int) -> dict[str, int]:
+        """How much of everything in `per_step` so many steps are; a nested step costs what its prefixes cost."""
+        done = {name: steps * count for name, count in self.per_step.items()}
+        if self.nesting is not None:
+            passes = self.nesting.passes
+            left_out = self.nesting.left_out_before(steps * passes)
+            done["flops"] -= FLOPS_PER_WEIGHT * (self.per_step["tokens"] // passes) * left_out
+        return done
 
     @abstractmethod
     def trainer(self, evaluate: Callable[[torch.nn.Module], dict[str, float]], **options: Any) -> RunTrainer:

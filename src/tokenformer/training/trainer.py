@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 from tokenformer.errors import UserError
 from tokenformer.folders import CHECKPOINTS, PARTIAL, publish, saving
 from tokenformer.training.collapse import Collapse, LossRise, RowsWithoutSkipped, Skip
+from tokenformer.training.nested import Nesting
 
 OPTIMIZER_FILE = "optimizer.pt"
 
@@ -42,6 +43,7 @@ class RunTrainer(Trainer):
         loss_rise: what counts as a collapse beside a loss that is not finite.
         skips: batches that the run leaves out.
         skip_rows: rows that it passes over first.
+        nesting: the sizes that the passes train; the whole model if None.
         kwargs: passed to transformers' Trainer.
     """
 
@@ -60,6 +62,7 @@ class RunTrainer(Trainer):
         loss_rise: LossRise | None = None,
         skips: Sequence[Skip] = (),
         skip_rows: int = 0,
+        nesting: Nesting | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -75,6 +78,8 @@ class RunTrainer(Trainer):
         self.loss_rise = loss_rise
         self.skips = list(skips)
         self.skip_rows = skip_rows
+        self.nesting = nesting
+        self._pass = (-1, 0)
         self._step_loss = 0.0
         if loss_rise is not None:
             self.add_callback(loss_rise)
@@ -98,11 +103,22 @@ class RunTrainer(Trainer):
         Raises:
             Collapse: naming step, learning rate and what to try.
         """
-        loss = super().training_step(*args, **kwargs)
+        with self._size_of_pass():
+            loss = super().training_step(*args, **kwargs)
         self._require_finite("loss", loss)
         if self.loss_rise is not None:
             self._step_loss += loss.item()
         return loss
+
+    def _size_of_pass(self) -> contextlib.AbstractContextManager[None]:
+        """The size that this pass trains: from step and pass, not from how many passes there were since a resume."""
+        if self.nesting is None:
+            return contextlib.nullcontext()
+        step, passed = self._pass
+        self._pass = (step, passed + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        step, passed = self._pass
+        model = cast(nn.Module, self.model)
+        return self.nesting.at(model, self.nesting.drawn(step * self.nesting.passes + passed))
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float | None:
         # The Trainer comes here once all passes of a step are done, and before it changes a parameter.
@@ -202,8 +218,8 @@ class RunTrainer(Trainer):
         """Put into a checkpoint what is not in the model, the optimizer and the Trainer's own state: nothing here."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # transformers saves some models (ViT) under other names than their parameters have. Its own Trainer looks for the
-        # latter, and goes on with new weights where it does not find them.
+        # transformers saves some models (ViT) under other names than their parameters have. Its own Trainer looks for
+        # the latter, and goes on with new weights where it does not find them.
         target = cast(PreTrainedModel, model or self.model)
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
