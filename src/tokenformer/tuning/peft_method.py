@@ -108,7 +108,8 @@ class TokensLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             output: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return output
-        active = {name: self.tokens_adapter[name] for name in self.active_adapters if name in self.tokens_adapter}
+        names: list[str] = self.active_adapters  # type: ignore[assignment,unused-ignore]  # PEFT says Any, or is not there
+        active = {name: self.tokens_adapter[name] for name in names if name in self.tokens_adapter}
         return self.base_layer.attend(x, {**dict(self.base_layer.segments.items()), **active}, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
