@@ -65,14 +65,20 @@ class Experiment:
         self.plan, self.out, self.data, self.rows = plan, out, data, rows
         self.held_out = evenly_spaced(PreparedData.load(data).held_out, rows)
         self.file = out / "elastic.json"
-        self.record = json.loads(self.file.read_text("utf-8")) if self.file.is_file() else {"perplexity": {}}
+        self.record = json.loads(self.file.read_text("utf-8")) if self.file.is_file() else {}
+        rates = {name: self.rate(name) for name in (*APART.values(), *NESTED)}
+        # What was measured of a run is void once another learning rate is better.
+        if self.record.get("rates") != rates:
+            self.record = {"rates": rates, "perplexity": {}}
         self.perplexity = self.record["perplexity"]
+
+    def rate(self, name: str) -> float:
+        """The best learning rate of a stage."""
+        return chosen_rate(self.plan, self.plan.all_stages[name], self.plan.seeds[0], self.out)
 
     def folder(self, name: str) -> Path:
         """The run of a stage at its best learning rate."""
-        seed = self.plan.seeds[0]
-        rate = chosen_rate(self.plan, self.plan.all_stages[name], seed, self.out)
-        return Job(name, seed, rate).folder(self.out)
+        return Job(name, self.plan.seeds[0], self.rate(name)).folder(self.out)
 
     def sizes(self, share: float) -> dict[str, int]:
         """Tokens by kind of layer."""
