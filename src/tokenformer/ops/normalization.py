@@ -104,12 +104,11 @@ class GeLUL2(Normalization):
         return activities * _factor(scale, total, eps)
 
 
-class GeLUL1(Normalization):
-    """tau^2 f(A) / ||f(A)||_1: `softmax` with f in place of exp, the middle row of the paper's Table 4."""
+class GeLUL1(GeLUL2):
+    """tau^2 f(A) / ||f(A)||_1: `softmax` with f in place of exp, the middle row of the paper's Table 4.
 
-    def activities(self, scores: torch.Tensor, activation: Activation, visible: torch.Tensor | None) -> torch.Tensor:
-        activated = activation(scores)
-        return activated if visible is None else activated.masked_fill(~visible, 0)
+    Activities are those of `gelu_l2`; the norm is another.
+    """
 
     def statistic(self, activities: torch.Tensor) -> torch.Tensor:
         norm: torch.Tensor = torch.linalg.vector_norm(
