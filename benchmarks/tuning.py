@@ -49,6 +49,8 @@ RATES = {
     "lora": [1e-3, 3e-3, 1e-2],
     "full": [3e-4, 1e-3, 3e-3],
 }
+# A sweep goes on beyond its edge until the best learning rate lies inside, up to so many.
+MOST_RATES = 6
 BATCH = {"text": 8, "images": 64}
 
 
@@ -208,13 +210,28 @@ def carry_out(run: Run, arguments: argparse.Namespace) -> None:
     print(f"{run.name}: new {figures['new']}  old {figures['old']}  {seconds:.0f} s", flush=True)
 
 
-def best_rate(problem: str, method: str, arguments: argparse.Namespace) -> float:
-    """By the half of the held-out data that is for choosing."""
+def swept(problem: str, method: str, arguments: argparse.Namespace) -> dict[float, float]:
+    """Loss by learning rate, on the half of the held-out data that is for choosing."""
     wanted = (problem, method, "everywhere", 0)
     records = read_records(arguments)
     found = [r for r in records if (r["problem"], r["method"], r["place"], r["seed"]) == wanted]
-    rate: float = min(found, key=lambda record: record["choice"]["loss"])["rate"]
-    return rate
+    return {record["rate"]: record["choice"]["loss"] for record in found}
+
+
+def best_rate(problem: str, method: str, arguments: argparse.Namespace) -> float:
+    """The learning rate of the lowest loss."""
+    losses = swept(problem, method, arguments)
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def rates_beyond(problem: str, method: str, arguments: argparse.Namespace) -> set[float]:
+    """The next learning rate to try where the best one is the lowest or the highest tried; none after MOST_RATES."""
+    losses = swept(problem, method, arguments)
+    best = best_rate(problem, method, arguments)
+    if len(losses) >= MOST_RATES or min(losses) < best < max(losses):
+        return set()
+    # About three steps a decade: 1e-3, 3e-3, 1e-2.
+    return {float(f"{best * (10**0.5 if best == max(losses) else 10**-0.5):.0e}")}
 
 
 def read_records(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -267,15 +284,11 @@ def main() -> None:
         def carry_out_all(runs: list[Run]) -> None:
             list(pool.map(carry_out, runs, itertools.repeat(arguments)))
 
-        carry_out_all(
-            [Run(problem, "none", "everywhere", 0.0, 0) for problem in problems]
-            + [
-                Run(problem, method, "everywhere", rate, 0)
-                for problem in problems
-                for method in RATES
-                for rate in RATES[method]
-            ]
-        )
+        carry_out_all([Run(problem, "none", "everywhere", 0.0, 0) for problem in problems])
+        sweep = {(problem, method): set(rates) for problem in problems for method, rates in RATES.items()}
+        while sweep:
+            carry_out_all([Run(*key, "everywhere", rate, 0) for key, rates in sweep.items() for rate in sorted(rates)])
+            sweep = {key: beyond for key in sweep if (beyond := rates_beyond(*key, arguments))}
         chosen = {(p, m, "everywhere"): best_rate(p, m, arguments) for p in problems for m in RATES}
         # Tokens in other places take the learning rate that was best for tokens everywhere.
         chosen |= {(p, "tokens", place): chosen[p, "tokens", "everywhere"] for p in problems for place in places[1:]}

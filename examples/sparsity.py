@@ -27,6 +27,8 @@ SETTINGS = [
     {"keep": 0.25},  # the layers for which it pays
     {"keep": 0.25, "group_size": 1, "rank": 64, "router_rank": 64, **EVERY_LAYER},
     *({"keep": keep, **EVERY_LAYER} for keep in (0.125, 0.5)),
+    {"keep": 0.125, "rank": 16, "router_rank": 16, **EVERY_LAYER},  # what decodes fast: see `tokenformer bench sparse`
+    {"keep": 0.0625, "rank": 8, "router_rank": 8, **EVERY_LAYER},
     {"keep": 0.25, "rank": 0, **EVERY_LAYER},
     {"keep": 0.25, "router": "centroid", **EVERY_LAYER},
     *({"keep": 0.25, "group_size": size, **EVERY_LAYER} for size in (1, 4)),
@@ -41,10 +43,12 @@ parser.add_argument("model", help="folder of a trained model")
 parser.add_argument("data", help="folder written by tokenformer data prepare: calibration and held-out text")
 parser.add_argument("--tokens", type=int, default=16384, help="of calibration text")
 parser.add_argument("--rows", type=int, default=256, help="of held-out text, in both halves together")
+parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the settings, from the first")
+parser.add_argument("--threads", type=int, help="of torch; one per physical core if not given")
 parser.add_argument("--json", help="file for the figures")
 arguments = parser.parse_args()
 
-threads = set_threads(None)
+threads = set_threads(arguments.threads)
 data = PreparedData.load(arguments.data)
 held_out = list(evenly_spaced(data.held_out, arguments.rows))
 file = Path(arguments.json) if arguments.json else None
@@ -82,7 +86,7 @@ if "losses" not in record:
     record["perplexity"] = math.exp(record["losses"][1])
     save()
 print(f"all tokens: perplexity {record['perplexity']:.2f}", flush=True)
-for settings in SETTINGS:
+for settings in SETTINGS[: arguments.settings]:
     if any(done["settings"] == settings for done in record["sparse"]):
         continue
     model = load_model(arguments.model)

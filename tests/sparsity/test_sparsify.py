@@ -366,3 +366,18 @@ def test_statistics_of_a_layer_whose_weights_are_known():
     assert found["zero"] == pytest.approx((x <= 0).mean())
     squares = -np.sort(-(np.maximum(x, 0) ** 2), axis=1)
     assert found["energy"]["0.25"] == pytest.approx((squares[:, :8].sum(1) / squares.sum(1)).mean(), rel=1e-4)
+
+
+def test_a_layer_that_says_nothing_has_no_shares() -> None:
+    """ReLU can leave a layer without any weight: a share of nothing is no number, and NaN is no JSON."""
+    from tokenformer.sparsity import activation_statistics
+
+    model = tiny_model(activation="relu")
+    layer = model.model.layers[0].ffn
+    with torch.no_grad():
+        layer.segments["base"].value.zero_()
+    found = activation_statistics(model, tiny_ids(2, 8))
+    assert found["model.layers.0.ffn"]["energy"] is None
+    assert found["model.layers.0.ffn"]["varying"] is None
+    assert 0 < found["model.layers.1.ffn"]["energy"]["0.5"] <= 1
+    json.dumps(found, allow_nan=False)

@@ -27,8 +27,9 @@ def activation_statistics(model: TokenFormerForCausalLM, rows: torch.Tensor) -> 
         - `positive`: share of scores above 0;
         - `small`: share of weights between -0.1 and 0.1;
         - `zero`: share of weights that are 0, as ReLU makes them;
-        - `energy`: share of (weight times value norm)^2 in the loudest 10 %, 25 % and 50 % of an input's tokens;
-        - `varying`: share of the energy of the output that is not its mean.
+        - `energy`: share of (weight times value norm)^2 in the loudest 10 %, 25 % and 50 % of an input's tokens, over
+          the inputs on which any speaks; None if there are none, as in a layer of ReLU that has died;
+        - `varying`: share of the energy of the output that is not its mean; None if the output is 0.
 
     Raises:
         UserError: another normalisation.
@@ -46,7 +47,9 @@ def activation_statistics(model: TokenFormerForCausalLM, rows: torch.Tensor) -> 
         scores = x @ key.T * (layer.scale / norm.clamp_min(1e-30))
         weights = get_activation(layer.activation)(scores)
         energy = (weights * value.norm(dim=1)).square().sort(dim=1, descending=True).values.cumsum(1)
+        spoken = energy[energy[:, -1] > 0]
         output = weights @ value
+        total = output.square().sum()
         found[name] = {
             "kind": layer.kind,
             "num_tokens": layer.num_tokens,
@@ -54,10 +57,12 @@ def activation_statistics(model: TokenFormerForCausalLM, rows: torch.Tensor) -> 
             "small": (weights.abs() < _SMALL).float().mean().item(),
             "zero": (weights == 0).float().mean().item(),
             "energy": {
-                f"{share:g}": (energy[:, max(1, round(share * layer.num_tokens)) - 1] / energy[:, -1]).mean().item()
+                f"{share:g}": (spoken[:, max(1, round(share * layer.num_tokens)) - 1] / spoken[:, -1]).mean().item()
                 for share in (0.1, 0.25, 0.5)
-            },
-            "varying": ((output - output.mean(0)).square().sum() / output.square().sum()).item(),
+            }
+            if len(spoken)
+            else None,
+            "varying": ((output - output.mean(0)).square().sum() / total).item() if total > 0 else None,
         }
 
     hooks = [

@@ -40,7 +40,7 @@ def tune(
     name: str = "tuned",
     epochs: float = 1.0,
     batch_size: int = 16,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     warmup: float = 0.05,
     weight_decay: float = 0.0,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
