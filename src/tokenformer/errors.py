@@ -7,7 +7,12 @@ class UserError(ValueError):
     """Something the user gave is wrong; the message is one line that names the thing and the fix.
 
     The command line prints it without a traceback and exits with code 2.
+
+    Attributes:
+        everywhere: of several processes of one run, each says so; otherwise all find the same, and the first speaks.
     """
+
+    everywhere = False
 
 
 def require_extra(extra: str, *modules: str) -> None:

@@ -57,8 +57,16 @@ def saving(target: Path) -> Iterator[None]:
             raise UserError(f"cannot write {target}: {error.strerror}; choose a folder you may write to") from error
         raise
     except Exception as error:
-        # torch.save reports a failed write as RuntimeError, safetensors as SafetensorError, neither with an errno.
-        signs = ("No space left", "File too large", "file write failed", "PytorchStream", "inline_container")
+        # torch.save reports a failed write as RuntimeError, in words that depend on the byte at which the disk is full,
+        # and safetensors as SafetensorError; neither has an errno.
+        signs = (
+            "No space left",
+            "File too large",
+            "file write failed",
+            "PytorchStream",
+            "inline_container",
+            "iostream error",
+        )
         if any(sign in str(error) for sign in signs):
             raise UserError(_cannot_write(target, "no space left on the device")) from error
         raise
@@ -73,19 +81,6 @@ def whole_checkpoints(run: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The optimizer step at which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def publish(partial: Path, run: Path, keep: int) -> Path:
-    """Give a finished checkpoint its name (the moment from which it counts) and drop all but the newest `keep`."""
-    target = run / CHECKPOINTS / partial.name
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
-    # Renamed first: a kill in the middle of the removal must not leave a checkpoint with files missing.
-    for old in whole_checkpoints(run)[:-keep]:
-        os.replace(old, partial.parent / old.name)
-    shutil.rmtree(partial.parent)
-    return target
 
 
 def _cannot_write(target: Path, reason: str) -> str:

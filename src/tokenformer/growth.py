@@ -16,6 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tokenformer.errors import UserError
 from tokenformer.folders import new_folder, whole_checkpoints
@@ -67,14 +68,17 @@ def grow(
 
     Raises:
         UserError: nothing to grow, a count that is not larger than what a layer has, a segment name that is taken or
-            not usable, an unknown rule for keys or scale, a noise that is negative or not finite, or an optimizer that
-            does not hold the model's tokens. Model and optimizer are then unchanged.
+            not usable, an unknown rule for keys or scale, a noise that is negative or not finite, or given to a model
+            that lies in parts, or an optimizer that does not hold the model's tokens. Model and optimizer are then
+            unchanged.
     """
     for label, rule, known in (("keys", keys, get_args(KeyInit)), ("scale", scale, get_args(ScaleRule))):
         if rule not in known:
             raise UserError(f"unknown {label} '{rule}': use one of {', '.join(known)}")
     if not 0 <= noise < math.inf:
         raise UserError(f"noise must be 0 or a positive share of the tokens' root mean square, got {noise}")
+    if noise > 0 and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UserError("noise needs the whole model in one process: grow its folder, or set noise to 0")
     targets = {"qkv": qkv, "output": output, "ffn": ffn, None: tokens}
     refuse_sparse(model, "grown")
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, Pattention)}
@@ -92,6 +96,7 @@ def grow(
             initializers[layer](segment)
         if keys == "zero":
             segment.key.zero_()
+        _place_like_old(layer, segment)
         if scale == "sqrt":
             layer.scale.fill_(layer.num_tokens**0.5)
         for group, (leaf, parameter) in zip(groups.get(layer, ()), segment.named_parameters(), strict=False):
@@ -103,6 +108,17 @@ def grow(
             _add_noise(layer, name, noise)
     _record(model, name, plan)
     return model
+
+
+def _place_like_old(layer: Pattention, segment: ParameterTokens) -> None:
+    """Cut a new segment over processes as the layer's first one is, if it is: one tensor at a time is whole."""
+    old = next(tokens for tokens in layer.modules() if isinstance(tokens, ParameterTokens))
+    for name, parameter in list(segment.named_parameters()):
+        like = getattr(old, name)
+        if isinstance(like, DTensor):
+            # Every process has drawn the same: nothing needs to be sent.
+            part = distribute_tensor(parameter.detach(), like.device_mesh, like.placements, src_data_rank=None)
+            setattr(segment, name, nn.Parameter(part))
 
 
 def _add_noise(layer: Pattention, newest: str, noise: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tokenformer.errors import UserError
-from tokenformer.ops import get_activation, get_normalization, pattention
+from tokenformer.ops import Backend, get_activation, get_normalization, pattention
 from tokenformer.ops.activations import Activation
 
 BASE = "base"
@@ -127,6 +127,8 @@ class Pattention(nn.Module):
         segments: `nn.ModuleDict` of `ParameterTokens` in the order in which they were added.
         scale: tau, a scalar buffer.
         kind: what the layer is for in its model (`qkv`, `output`, `ffn`); set by the model, read by `tokenformer.grow`.
+        recompute: keep the scores alone for the backward pass, which makes the weights from them again. Not saved.
+        backend: of `tokenformer.ops.pattention`. Not saved.
 
     Raises:
         UserError: a count below 1, an unknown normalization or activation, a scale that is not positive and finite.
@@ -158,6 +160,8 @@ class Pattention(nn.Module):
         self.activation = activation
         self.eps = eps
         self.kind: str | None = None
+        self.recompute = False
+        self.backend: Backend = "auto"
         base = ParameterTokens(num_tokens, in_features, out_features, device=device, dtype=dtype)
         self.segments = nn.ModuleDict({BASE: base})
         self.initial_scale = float(num_tokens**0.5 if scale is None else scale)
@@ -223,6 +227,8 @@ class Pattention(nn.Module):
             activation=self.activation,
             eps=self.eps,
             visible=masks,
+            backend=self.backend,
+            recompute=self.recompute,
         )
 
     def add_segment(self, name: str, num_tokens: int, *, adapter: bool = False) -> ParameterTokens:

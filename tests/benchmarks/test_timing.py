@@ -26,6 +26,22 @@ def test_times_are_those_of_the_clock():
     assert timings == {"short": Timing((1.0, 1.0)), "long": Timing((4.0, 4.0))}
 
 
+def test_what_goes_before_a_case_is_not_timed():
+    now, calls = [0.0], []
+
+    def takes(seconds, name):
+        def call():
+            now[0] += seconds
+            calls.append(name)
+
+        return call
+
+    cases, before = {"a": takes(1.0, "a"), "b": takes(2.0, "b")}, {"b": takes(50.0, "ready")}
+    timings = interleave(cases, 2, before=before, clock=lambda: now[0])
+    assert timings == {"a": Timing((1.0, 1.0)), "b": Timing((2.0, 2.0))}
+    assert calls == ["a", "ready", "b"] * 2
+
+
 def test_collection_is_off_while_timing_and_on_after_an_error():
     def fail():
         assert not gc.isenabled()

@@ -127,7 +127,7 @@ def test_wrong_result_ends_with_code_2_and_no_figures(capsys, monkeypatch):
     ("argv", "words"),
     [
         (["patention"], "did you mean 'pattention'?"),
-        (["speed"], "use one of pattention, forward, decode"),
+        (["speed"], "use one of pattention, train-step, forward, decode"),
         (["decod"], "did you mean 'decode'?"),
         (["forward", "--length", "0"], "length must be at least 1"),
         (["forward", "--dtypes", "float31"], "unknown dtype 'float31'"),

@@ -36,13 +36,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-@pytest.fixture
-def make_recipe(prepared: Path, tmp_path: Path) -> Callable[..., Recipe]:
+@pytest.fixture(scope="session")
+def recipe_in(prepared: Path) -> Callable[..., Recipe]:
     """Twelve steps of 4 rows on a model of two layers and 32 channels; keyword arguments are dotted fields."""
 
-    def make(out: str = "run", **fields: Any) -> Recipe:
+    def make(out: Path, **fields: Any) -> Recipe:
         recipe = Recipe(
-            out=str(tmp_path / out),
+            out=str(out),
             model=ModelRecipe(
                 hidden_size=32, num_hidden_layers=2, num_attention_heads=2, qkv=16, output=16, ffn=48, rotary_pct=0.5
             ),
@@ -58,6 +58,12 @@ def make_recipe(prepared: Path, tmp_path: Path) -> Callable[..., Recipe]:
         return recipe
 
     return make
+
+
+@pytest.fixture
+def make_recipe(recipe_in: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
+    """The recipe of `recipe_in` in a folder of this test."""
+    return lambda out="run", **fields: recipe_in(tmp_path / out, **fields)
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from tokenformer.models.loading import load_model
 from tokenformer.training import Recipe, train
 from tokenformer.training.building import load_any
 from tokenformer.training.callbacks import read_metrics
-from tokenformer.training.collapse import RowsWithoutSkipped, Skip
+from tokenformer.training.collapse import Skip
+from tokenformer.training.order import RowOrder
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -29,7 +30,7 @@ def orders(rows: int, seed: int, epochs: int, batch: int) -> list[int]:
     return found
 
 
-def read(sampler: RowsWithoutSkipped, epochs: int) -> list[int]:
+def read(sampler: RowOrder, epochs: int) -> list[int]:
     found: list[int] = []
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -39,18 +40,18 @@ def read(sampler: RowsWithoutSkipped, epochs: int) -> list[int]:
 
 @pytest.mark.parametrize("skip_rows", [0, 2, 8, 10, 12, 24])
 def test_a_run_reads_on_behind_the_rows_that_were_read(skip_rows: int) -> None:
-    sampler = RowsWithoutSkipped(range(11), seed=3, batch_size=2, batches_per_step=1, skips=[], skip_rows=skip_rows)
+    sampler = RowOrder(range(11), seed=3, batch_size=2, batches_per_step=1, skip_rows=skip_rows)
     assert read(sampler, 3) == orders(11, 3, 6, 2)[skip_rows : skip_rows + 30]
 
 
 def test_a_batch_that_was_read_in_part_is_not_read_again() -> None:
-    sampler = RowsWithoutSkipped(range(8), seed=0, batch_size=4, batches_per_step=1, skips=[], skip_rows=3)
+    sampler = RowOrder(range(8), seed=0, batch_size=4, batches_per_step=1, skip_rows=3)
     assert read(sampler, 1) == orders(8, 0, 2, 4)[4:12]
 
 
 def test_skipped_batches_are_counted_from_where_the_run_began() -> None:
     skip = Skip(step=3, what="", checkpoint=1, skipped_batches=(2, 3), lost_seconds=0.0)
-    sampler = RowsWithoutSkipped(range(12), seed=0, batch_size=2, batches_per_step=1, skips=[skip], skip_rows=4)
+    sampler = RowOrder(range(12), seed=0, batch_size=2, batches_per_step=1, skips=[skip], skip_rows=4)
     stream = orders(12, 0, 3, 2)[4:]
     assert read(sampler, 1) == stream[:2] + stream[6:16]
 

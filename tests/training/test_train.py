@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import tokenformer.models  # registers the Auto classes
 from tokenformer.data import PreparedData
+from tokenformer.errors import UserError
 from tokenformer.training import Recipe, train
 from tokenformer.training.building import build_model
 from tokenformer.training.callbacks import read_metrics
@@ -131,6 +132,30 @@ def test_gradient_checkpointing_changes_nothing(make_recipe: MakeRecipe) -> None
         "eval_loss"
     ]
     assert checkpointed == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("option", ["recompute", "fused_loss"])
+def test_what_saves_memory_changes_nothing(make_recipe: MakeRecipe, option: str) -> None:
+    plain = train(make_recipe("plain"), progress=False)["eval_loss"]
+    saving = train(make_recipe("saving", **{f"training__{option}": True}), progress=False)["eval_loss"]
+    # The rounding of the fused loss is another; the weights are made again from the same scores.
+    assert saving == (plain if option == "recompute" else pytest.approx(plain, rel=1e-6))
+
+
+@pytest.mark.parametrize("option", ["recompute", "fused_loss"])
+def test_what_a_transformer_does_not_have(make_recipe: MakeRecipe, option: str) -> None:
+    recipe = make_recipe(model__family="gpt_neox", **{f"training__{option}": True})
+    with pytest.raises(UserError, match=f"training.{option}: a TokenFormer has it, this model has not"):
+        train(recipe, progress=False)
+    assert not Path(recipe.out).exists()
+
+
+def test_a_torch_without_the_fused_loss(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
+    recipe = make_recipe(training__fused_loss=True)
+    with pytest.raises(UserError, match=r"fused_loss needs torch 2\.13 or newer, this is .*: leave it out"):
+        train(recipe, progress=False)
+    assert not Path(recipe.out).exists()
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ Shapes: L layers, D channels, B batch, T positions, V vocabulary.
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +23,11 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 from tokenformer.baselines import matching_transformer, num_parameters
 from tokenformer.benchmarks import checking
 from tokenformer.benchmarks.conditions import DTYPES, check_options, warm_up
-from tokenformer.benchmarks.models import describe, exact_copy, new_models_record, random_ids
+from tokenformer.benchmarks.models import describe, new_models_record, random_ids
 from tokenformer.benchmarks.report import Timings, as_seconds
 from tokenformer.benchmarks.targets import Target, ratios
 from tokenformer.benchmarks.timing import interleave
+from tokenformer.benchmarks.training import TOLERANCES, TrainingStep, new_optimizer
 from tokenformer.errors import UserError
 from tokenformer.growth import grow
 from tokenformer.hardware import set_threads
@@ -37,44 +37,6 @@ from tokenformer.models.cost import training_flops_per_token
 LENGTHS = (128, 512, 1024, 2048, 4096)
 GROWTHS = (1, 2, 4)  # parameters without embeddings, as multiples of those before growing
 TARGETS = tuple(Target(f"tokenformer_x{growth}", f"gpt_neox_x{growth}") for growth in GROWTHS)
-# Largest errors of logits and gradients, relative to the root mean square and to the largest. Autocast rounds the
-# operands of each product to the 8 bits of a bfloat16, on the way back once more.
-TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (5e-2, 1e-1)}
-
-
-@dataclass(frozen=True)
-class TrainingStep:
-    """Forward, backward and AdamW on the same sequences.
-
-    Attributes:
-        model: that is trained, with float32 weights.
-        optimizer: of its parameters.
-        ids: the sequences, (B, T).
-        dtype: of the products: float32, or bfloat16 by autocast.
-    """
-
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    ids: torch.Tensor
-    dtype: torch.dtype
-
-    def __call__(self) -> None:
-        """One step."""
-        self._loss(self.ids)[0].backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def results(self) -> dict[str, torch.Tensor]:
-        """Logits (1, T, V) of the first sequence, and the gradients of its loss, all in one row."""
-        loss, logits = self._loss(self.ids[:1])
-        # Zeros for a parameter that took no part, which is an error to report like any other.
-        gradients = torch.autograd.grad(loss, list(self.model.parameters()), materialize_grads=True)
-        return {"logits": logits.detach(), "gradients": torch.cat([gradient.flatten() for gradient in gradients])}
-
-    def _loss(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            output = self.model(input_ids=ids, labels=ids, use_cache=False)
-        return output.loss, output.logits
 
 
 def default_config() -> TokenFormerConfig:
@@ -237,7 +199,7 @@ def check(steps: Mapping[str, TrainingStep], dtype: str) -> dict[str, dict[str, 
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for case, step in steps.items():
-        exact = TrainingStep(exact_copy(step.model), step.optimizer, step.ids, torch.float32).results()
+        exact = step.exact_results()
         found[case] = {
             name: checking.check(result, exact[name], TOLERANCES[dtype], f"{case} in {dtype}", name)
             for name, result in step.results().items()
@@ -251,10 +213,7 @@ def _sizes(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _steps(models: Mapping[str, PreTrainedModel], ids: torch.Tensor, dtype: torch.dtype) -> dict[str, TrainingStep]:
-    return {
-        name: TrainingStep(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), ids, dtype)
-        for name, model in models.items()
-    }
+    return {name: TrainingStep(model, new_optimizer(model), ids, dtype) for name, model in models.items()}
 
 
 def _check_lengths(lengths: tuple[int, ...], tokens: int) -> None:

@@ -23,6 +23,18 @@ class Target:
             return value <= self.at_most
         return value >= self.at_least if self.at_least is not None else None
 
+    def row(self, dtype: str, value: float, *, judge: bool) -> dict[str, Any]:
+        """What a record says of this ratio."""
+        return {
+            "numerator": self.numerator,
+            "denominator": self.denominator,
+            "dtype": dtype,
+            "value": value,
+            "at_most": self.at_most,
+            "at_least": self.at_least,
+            "met": self.met(value) if judge else None,
+        }
+
 
 def ratios(
     timings: Mapping[str, Mapping[str, Timing]], targets: Sequence[Target], *, judge: bool
@@ -38,15 +50,5 @@ def ratios(
             if target.numerator not in cases or target.denominator not in cases:
                 continue
             value = paired_ratio(cases[target.numerator], cases[target.denominator])
-            rows.append(
-                {
-                    "numerator": target.numerator,
-                    "denominator": target.denominator,
-                    "dtype": dtype,
-                    "value": value,
-                    "at_most": target.at_most,
-                    "at_least": target.at_least,
-                    "met": target.met(value) if judge else None,
-                }
-            )
+            rows.append(target.row(dtype, value, judge=judge))
     return rows

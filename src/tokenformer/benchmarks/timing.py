@@ -52,6 +52,7 @@ def interleave(
     cases: Mapping[str, Callable[[], object]],
     repeats: int,
     *,
+    before: Mapping[str, Callable[[], object]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time `cases` round-robin (A B C, A B C, ...), each once a round.
@@ -61,6 +62,7 @@ def interleave(
     Args:
         cases: what to call, by name.
         repeats: rounds, at least 1.
+        before: what to call before a case, every time, without the clock.
         clock: seconds.
     """
     assert repeats >= 1
@@ -71,6 +73,8 @@ def interleave(
     try:
         for _ in range(repeats):
             for name, call in cases.items():
+                if before and name in before:
+                    before[name]()
                 start = clock()
                 call()
                 seconds[name].append(clock() - start)

@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("tokenformer.cli.train", "train a model from a recipe; the same command resumes"),
     "convert": ("tokenformer.cli.convert", "published checkpoints to ours and back; a Transformer to a TokenFormer"),
     "run": ("tokenformer.cli.run", "carry out a plan: train, grow, train on, with baselines; the same command goes on"),
+    "plan-scale": ("tokenformer.cli.plan_scale", "memory, traffic and speed of a run on many processes, beforehand"),
     "report": ("tokenformer.cli.report", "perplexity over cost of a plan's stages, against every baseline"),
     "grow": ("tokenformer.cli.grow", "append parameter tokens to a model"),
     "shrink": ("tokenformer.cli.shrink", "take parameter tokens out of a model"),
@@ -27,7 +28,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "export-onnx": ("tokenformer.cli.export_onnx", "write an ONNX graph with a cache, checked against torch"),
     "eval": ("tokenformer.cli.eval", "perplexity on text, the tasks of lm-eval, accuracy on images"),
     "info": ("tokenformer.cli.info", "segments, parameters, FLOPs and bytes of a model"),
-    "bench": ("tokenformer.cli.bench", "measure the speed of the operator against its peers"),
+    "bench": (
+        "tokenformer.cli.bench",
+        "measure speed: operator, training step, decoding, loaders, checkpoints, start-up",
+    ),
 }
 
 
@@ -67,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import_module(VERBS[verb][0]).main(rest)
     except UserError as error:
-        return _fail(str(error), f"tokenformer {verb}")
+        return _fail(str(error), f"tokenformer {verb}", everywhere=error.everywhere)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", f"tokenformer {verb}", code=130)
     except BrokenPipeError:
@@ -76,7 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _fail(message: str, where: str, code: int = 2) -> int:
+def _fail(message: str, where: str, code: int = 2, *, everywhere: bool = False) -> int:
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    if rank != "0" and not everywhere:
+        return code
     kind = "error: " if code == 2 else ""
     sys.stderr.write(f"{where}: {kind}{' '.join(message.split())}\n")
     return code

@@ -1,5 +1,6 @@
 """`tokenformer train RECIPE.yaml [--any.field value]`."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,16 @@ def _parse(argv: list[str]) -> tuple["Recipe | ImageRecipe", dict[str, Any]]:
     parser.add_argument("--gpu", type=str, default="a100", help="of the dry run's hours; cpu measures this machine")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that the dry run assumes")
     parser.add_class_arguments(kind)
+    recipe, options = recipe_from(parser, kind, argv)
+    return recipe, options
+
+
+def recipe_from(parser: Parser, kind: Any, argv: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The recipe of a command line whose parser has a `recipe` file and the fields of `kind`, and its other options.
+
+    Raises:
+        UserError: a file that is not there or cannot be read, or a second one.
+    """
     defaults = []
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
@@ -55,14 +66,15 @@ def _parse(argv: list[str]) -> tuple["Recipe | ImageRecipe", dict[str, Any]]:
     values = vars(parser.instantiate(parser.parse_args(argv, namespace=from_file)))
     if values.pop("recipe") is not None:
         raise UserError("give one recipe file, and everything else as --field value")
-    options = {name: values.pop(name) for name in ("dry_run", "gpu", "mfu")}
-    recipe: Recipe | ImageRecipe = kind(**values)
-    return recipe, options
+    fields = {field.name for field in dataclasses.fields(kind)}
+    options = {name: values.pop(name) for name in list(values) if name not in fields}
+    return kind(**values), options
 
 
 def main(argv: list[str]) -> None:
     """Train, and say where the model is and what can be done with it."""
     recipe, options = _parse(argv)
+    from tokenformer.parallel.mesh import is_main_process
     from tokenformer.training import ImageRecipe, train
 
     if options.pop("dry_run"):
@@ -74,6 +86,8 @@ def main(argv: list[str]) -> None:
         return
 
     summary = train(recipe)
+    if not is_main_process():
+        return
     out = recipe.out
     if isinstance(recipe, ImageRecipe):
         print(

@@ -46,6 +46,11 @@ def evaluate_perplexity(
                 on_batch(min(start + batch_size, len(rows)))
     finally:
         model.train(was_training)
+    return perplexity_figures(total, count, tokens_per_byte)
+
+
+def perplexity_figures(total: float, count: int, tokens_per_byte: float) -> dict[str, float]:
+    """What `evaluate_perplexity` returns, from the summed loss in nats of `count` predicted tokens."""
     loss = total / count
     return {
         "loss": loss,

@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from tokenformer.models.checkpoints import find_published, read_published
 from tokenformer.models.configuration_tokenformer import TokenFormerConfig
 from tokenformer.models.cost import CostMixin
+from tokenformer.models.loss import fused_cross_entropy
 from tokenformer.models.segments import SegmentedModel
 from tokenformer.modules import OutputEmbedding, TokenFormerBlock, rotary_angles
 from tokenformer.sparse import apply_sparsity
@@ -139,7 +140,11 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
 
 
 class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
-    """The language model: backbone and tied output embedding; gives logits (B, T, V)."""
+    """The language model: backbone and tied output embedding; gives logits (B, T, V).
+
+    Attributes:
+        fused_loss: in training, compute the loss of `labels` a few positions at a time and give no logits. Not saved.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -147,6 +152,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = TokenFormerModel(config)
         self.lm_head = OutputEmbedding(config.hidden_size, config.vocab_size, bias=False)
+        self.fused_loss = False
         self.post_init()
 
     @can_return_tuple
@@ -163,6 +169,8 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the mean next-token loss in nats where `labels` are given.
+
+        With `fused_loss`, in training, the loss alone: `logits` are then None.
 
         Args:
             input_ids: (B, T) token ids; or give `inputs_embeds`.
@@ -185,9 +193,13 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        loss = None
-        if labels is not None:
+        hidden_states = outputs.last_hidden_state[:, keep, :]
+        logits, loss = None, None
+        if labels is not None and self.fused_loss and self.training and self._has_plain_head():
+            loss = self._fused_loss(hidden_states, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+        if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -195,4 +207,29 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def _has_plain_head(self) -> bool:
+        # An adapter around it, or a sharded or quantised weight, knows how to multiply; torch's fused loss does not.
+        return type(self.lm_head) is OutputEmbedding and type(self.lm_head.weight) in (torch.Tensor, nn.Parameter)
+
+    def _fused_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """What `loss_function` gives for the logits of (B, T, D); the arguments are its own."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        return fused_cross_entropy(
+            hidden_states.flatten(0, 1),
+            self.lm_head.weight,
+            shift_labels.flatten(),
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
         )

@@ -117,6 +117,16 @@ class SegmentedModel(PreTrainedModel):
                 layer.merge_segments()
         self.config.segments = [{"name": BASE, **{kind: self.config.num_tokens(kind) for kind in KINDS}}]
 
+    def set_recompute(self, enable: bool = True) -> None:
+        """Let every Pattention make its weights again in the backward pass instead of keeping them.
+
+        Of what is as large as rows times parameter tokens, the scores alone are then kept; results and gradients are
+        the same. Far cheaper than gradient checkpointing, which repeats the products too, and works beside it.
+        """
+        for layer in self.modules():
+            if isinstance(layer, Pattention):
+                layer.recompute = enable
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The published initialisation unless the configuration says otherwise.

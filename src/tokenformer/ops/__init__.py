@@ -1,14 +1,18 @@
 """Pattention as functions: attention of inputs over learned key-value parameter tokens.
 
 `pattention` is the one entry. `reference.py` states the equation, `fused.py` computes it fast, `gram.py` gives the norm
-of scores that are not computed, `normalization.py` holds what the two phases of each normalisation are.
+of scores that are not computed, `normalization.py` holds what the two phases of each normalisation are. On request,
+`triton_kernels.py` computes what lies between the products.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
+from tokenformer.errors import UserError
 from tokenformer.ops.activations import Activation, get_activation
 from tokenformer.ops.fused import fused_segments, segment_activities, segment_output
 from tokenformer.ops.gram import gram_factor, gram_matrix, sum_of_squares
@@ -28,7 +32,10 @@ __all__ = [
     "sum_of_squares",
 ]
 
-Backend = Literal["auto", "fused", "reference"]
+Backend = Literal["auto", "fused", "reference", "triton"]
+
+_HAS_TRITON = find_spec("triton") is not None
+_TRITON: dict[str, Callable[..., torch.Tensor]] = {}
 
 
 def pattention(
@@ -43,6 +50,7 @@ def pattention(
     visible: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     total: torch.Tensor | None = None,
     backend: Backend = "auto",
+    recompute: bool = False,
 ) -> torch.Tensor:
     """Pattention(x, K, V) = f(tau * A / ||A||) V with A = x K^T (TokenFormer, Eq. 4).
 
@@ -59,14 +67,17 @@ def pattention(
             A token adds nothing, to norm or output, where it is False.
         total: row total (..., 1) over a larger set of tokens, of which the given ones are a part (fused only):
             the sum of squares, of magnitudes for `gelu_l1`, or the log-sum-exp for `softmax`.
-        backend: `fused`, `reference`, or `auto` (fused).
+        backend: `fused`, `reference`, `auto` (fused), or `triton`: kernels for `l2_gelu` with `gelu` that were
+            checked by Triton's interpreter and never run on a GPU.
+        recompute: keep the scores alone for the backward pass, which makes the weights again (fused only; results and
+            gradients are the same).
 
     Returns:
         (..., D_out), in the dtype of the products.
 
     Raises:
-        UserError: unknown normalization or activation.
-        ValueError: unknown backend, or `total` given to the reference.
+        UserError: unknown normalization or activation, or Triton is asked for and not installed.
+        ValueError: unknown backend, `total` given to the reference, or what Triton's kernels do not compute.
     """
     if isinstance(keys, torch.Tensor):
         keys = [keys]
@@ -76,13 +87,36 @@ def pattention(
         visible = [visible]
     if backend in ("auto", "fused"):
         return fused_segments(
+            x,
+            keys,
+            values,
+            scale,
+            visible,
+            normalization=normalization,
+            activation=activation,
+            eps=eps,
+            total=total,
+            recompute=recompute,
+        )
+    if backend == "triton":
+        if not _HAS_TRITON:
+            raise UserError("backend 'triton' needs Triton, which torch for CUDA brings along: use backend='fused'")
+        return _triton_segments()(
             x, keys, values, scale, visible, normalization=normalization, activation=activation, eps=eps, total=total
         )
     if backend != "reference":
-        raise ValueError(f"unknown backend '{backend}': use auto, fused or reference")
+        raise ValueError(f"unknown backend '{backend}': use auto, fused, reference or triton")
     if total is not None:
         raise ValueError("the reference computes its own total: use backend='fused' with total=")
     get_normalization(normalization)
     return reference_segments(
         x, keys, values, scale, visible, normalization=normalization, activation=activation, eps=eps
     )
+
+
+def _triton_segments() -> Callable[..., torch.Tensor]:
+    # Not an import statement: what `export-hub` copies must not ask for Triton. Kept, because the compiler does not
+    # follow this import: a graph breaks here if nothing called the kernels before.
+    if "segments" not in _TRITON:
+        _TRITON["segments"] = import_module("tokenformer.ops.triton_kernels").triton_segments
+    return _TRITON["segments"]

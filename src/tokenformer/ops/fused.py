@@ -5,10 +5,11 @@ control flow). Segments are never concatenated: sharded ones would be gathered b
 """
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tokenformer.ops.activations import Activation, get_activation
 from tokenformer.ops.normalization import Normalization, get_normalization
@@ -60,15 +61,21 @@ def fused_segments(
     activation: str | Activation = "gelu",
     eps: float = 1e-12,
     total: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
-    """Both phases over all segments; `total` (..., 1), where given, stands for the row total of a larger set."""
+    """Both phases over all segments; `total` (..., 1), where given, stands for the row total of a larger set.
+
+    With `recompute`, phase two keeps its inputs only; the backward pass makes the weights from them again. The product
+    with the values is not repeated: a checkpoint stops once it has what it needs.
+    """
     kind, function = get_normalization(normalization), get_activation(activation)
     masks = [None] * len(keys) if visible is None else visible
     activities = [kind.activities(linear(x, key), function, mask) for key, mask in zip(keys, masks, strict=True)]
     if total is None:
         total = kind.combine([kind.statistic(segment) for segment in activities])
+    share = partial(checkpoint, _share, use_reentrant=False) if recompute and torch.is_grad_enabled() else _share
     shares = [
-        _share(segment, value, scale, total, kind, function, eps, mask)
+        share(segment, value, scale, total, kind, function, eps, mask)
         for segment, value, mask in zip(activities, values, masks, strict=True)
     ]
     return reduce(torch.add, shares)

@@ -83,7 +83,8 @@ def _stage(
     checkpoint = checkpoint_bytes(counts.parameters)
     saved = math.ceil(resolved.steps / training.save_every) if training.save_every else 1
     model = checkpoint // 3  # a checkpoint without the moments
-    kept = min(saved, training.keep_checkpoints) * checkpoint + model
+    milestones = resolved.steps // training.milestone_every if training.milestone_every else 0
+    kept = (min(saved, training.keep_checkpoints) + milestones) * checkpoint + model
     grown = 0 if stage.grow is None else checkpoint if stage.grow.optimizer == "carried" else model
     return {
         "label": stage.title,

@@ -14,11 +14,12 @@ from tokenformer.plans.plan import AnyPlan, Plan, Stage
 from tokenformer.plans.resolve import noise_of
 from tokenformer.plans.task import PlanTask, ResolvedStage, task_of
 from tokenformer.training.callbacks import METRICS_FILE, read_metrics
+from tokenformer.training.recipe import CHECKPOINT_FIELDS
 from tokenformer.training.run import SUMMARY_FILE
 
 PLAN_FILE, STAGES_FILE, RESULTS_FILE = "plan.yaml", "stages.json", "results.json"
 # What may differ when a plan goes on: it does not touch the numbers, or other folders hold it.
-_FREE = {"data", "training.threads", "training.keep_checkpoints", "training.save_every", "training.seed", "label"}
+_FREE = {"data", "training.threads", "training.seed", "label", *CHECKPOINT_FIELDS}
 
 
 def describe(plan: AnyPlan, resolved: ResolvedStage) -> dict[str, Any]:
@@ -35,8 +36,10 @@ def describe(plan: AnyPlan, resolved: ResolvedStage) -> dict[str, Any]:
     task = task_of(plan)
     described = task.description(plan, resolved)
     training = dataclasses.asdict(resolved.training)
-    if not training["nested"]:  # plans that began before there was nested training go on
+    # Plans that began before there was nested training, or one of the ways to save memory, go on.
+    if not training["nested"]:
         del training["nested"], training["nested_draw"]
+    training = {name: value for name, value in training.items() if value or name not in ("recompute", "fused_loss")}
     return {
         "label": stage.title,
         "family": resolved.family,

@@ -10,7 +10,11 @@ from tokenformer.baselines import load_transformer, transformer_config
 from tokenformer.data import TrainingData, tokenizer_hash
 from tokenformer.errors import UserError
 from tokenformer.models import TokenFormerConfig, TokenFormerForCausalLM
-from tokenformer.models.loading import load_model
+from tokenformer.models.loading import load_config, load_model, model_folder
+from tokenformer.models.loss import require_fused_loss
+from tokenformer.models.segments import SegmentedModel
+from tokenformer.parallel.folders import has_weights
+from tokenformer.parallel.opening import Fill, new_model, stored_model
 from tokenformer.training.recipe import ModelRecipe, Recipe
 
 
@@ -20,9 +24,21 @@ def build_model(recipe: Recipe, data: TrainingData) -> PreTrainedModel:
     Raises:
         UserError: sizes that do not fit together, a folder that cannot be loaded, or that other data belong to.
     """
-    given = recipe.model
+    return _build(recipe, data, in_parts=False)[0]
+
+
+def build_in_parts(recipe: Recipe, data: TrainingData) -> tuple[PreTrainedModel, Fill | None]:
+    """As `build_model`, but a TokenFormer without its values, and what fills the parts that a process then holds.
+
+    What is no TokenFormer in our own format is built whole, and has nothing to be filled.
+    """
+    return _build(recipe, data, in_parts=True)
+
+
+def _build(recipe: Recipe, data: TrainingData, *, in_parts: bool) -> tuple[PreTrainedModel, Fill | None]:
+    given, fill = recipe.model, None
     if given.path:
-        model = load_any(given.path)
+        model, fill = _stored(given.path) if in_parts else (load_any(given.path), None)
         tokenizer = Path(given.path) / "tokenizer.json"
         if tokenizer.is_file() and tokenizer_hash(tokenizer) != data.tokenizer_hash:
             raise UserError(
@@ -32,10 +48,20 @@ def build_model(recipe: Recipe, data: TrainingData) -> PreTrainedModel:
     else:
         config = model_config(given, vocab_size=data.vocab_size, sequence_length=data.sequence_length)
         config.bos_token_id = config.eos_token_id = data.tokenizer.eos_token_id
-        model = (TokenFormerForCausalLM if given.family == "tokenformer" else GPTNeoXForCausalLM)(config)
+        if in_parts and given.family == "tokenformer":
+            model, fill = new_model(TokenFormerForCausalLM, config)
+        else:
+            model = (TokenFormerForCausalLM if given.family == "tokenformer" else GPTNeoXForCausalLM)(config)
     if recipe.training.gradient_checkpointing:
         # transformers 5.21 renamed the method.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if recipe.training.recompute:
+        recompute_weights(model)
+    if recipe.training.fused_loss:
+        if not isinstance(model, TokenFormerForCausalLM):
+            raise UserError("training.fused_loss: a TokenFormer has it, this model has not; leave it out")
+        require_fused_loss()
+        model.fused_loss = True
     if data.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{data.path} has a vocabulary of {data.vocab_size}, the model one of {model.config.vocab_size}: "
@@ -47,7 +73,27 @@ def build_model(recipe: Recipe, data: TrainingData) -> PreTrainedModel:
             f"{model.config.max_position_embeddings}: prepare the data with a shorter --sequence-length, "
             "or lower data.sequence_length of tokenised files"
         )
-    return model
+    return model, fill
+
+
+def _stored(path: str) -> tuple[PreTrainedModel, Fill | None]:
+    folder = model_folder(path)
+    if kind_of_model(folder) != TokenFormerConfig.model_type or not has_weights(folder):
+        return load_any(path), None
+    return stored_model(TokenFormerForCausalLM, load_config(folder), folder)
+
+
+def recompute_weights(model: PreTrainedModel) -> None:
+    """What `training.recompute` asks of a model.
+
+    Raises:
+        UserError: it is not a TokenFormer.
+    """
+    if not isinstance(model, SegmentedModel):
+        raise UserError(
+            "training.recompute: a TokenFormer has it, this model has not; use training.gradient_checkpointing"
+        )
+    model.set_recompute()
 
 
 def model_config(given: ModelRecipe, *, vocab_size: int, sequence_length: int) -> Any:

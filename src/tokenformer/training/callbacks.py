@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tokenformer.errors import UserError
 from tokenformer.folders import saving, write_atomically
+from tokenformer.parallel.mesh import Ranks
 from tokenformer.pattention import Pattention
 
 METRICS_FILE = "metrics.jsonl"
@@ -154,6 +155,38 @@ class ProgressBar(TrainerCallback):
         self.progress.stop()
 
 
+class MoreCheckpoints(TrainerCallback):
+    """Asks for checkpoints beside those after so many steps: at milestones, and so long after the last one.
+
+    Stands before `Metrics` among the callbacks, which logs wherever a checkpoint was asked for.
+
+    Args:
+        minutes: from one checkpoint to the next at most, counted at the end of a step; 0 for any number.
+        milestone_every: steps from one milestone to the next; 0 for none.
+    """
+
+    def __init__(self, minutes: float, milestone_every: int) -> None:
+        self.seconds = 60 * minutes
+        self.milestone_every = milestone_every
+        self.last = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The time counts from here, also where a run is resumed."""
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the Trainer to save."""
+        late = self.seconds > 0 and time.monotonic() - self.last >= self.seconds
+        if late or (self.milestone_every and state.global_step % self.milestone_every == 0):
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The next one is due so long after this one was written, whatever asked for it."""
+        self.last = time.monotonic()
+
+
 class AnnealScale(TrainerCallback):
     """Takes the scale (tau) of every Pattention linearly from where it is to the root of the number of tokens.
 
@@ -190,6 +223,25 @@ class AnnealScale(TrainerCallback):
         for layer, start, end in self.ways:
             # In place: a compiled model reads the buffer that it was compiled with.
             layer.scale.fill_(end if done >= self.steps else start + (end - start) * done / self.steps)
+
+
+class SameOnAllRanks(TrainerCallback):
+    """What one process decides to do after a step, all do: a signal or a clock need not reach them at the same step.
+
+    Stands after the callbacks that decide, and before `Metrics`.
+
+    Args:
+        ranks: the processes.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the others."""
+        control.should_save, control.should_training_stop = self.ranks.any(
+            control.should_save, control.should_training_stop
+        )
 
 
 @contextmanager

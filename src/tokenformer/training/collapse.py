@@ -5,13 +5,10 @@ it would after a kill, so that a run killed at any moment skips the same batches
 """
 
 import json
-from collections.abc import Iterator, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -131,72 +128,3 @@ class LossRise(TrainerCallback, ExportableState):
         self.steps += 1
         self.mean += (loss - self.mean) / min(self.steps, _MEMORY)
         return None
-
-
-class RowsWithoutSkipped(Sampler[int]):
-    """The rows of one epoch after another in the Trainer's own random order, without the batches that were skipped.
-
-    The batches of all epochs are one sequence; where some are left out, the later ones move forward, across the ends of
-    epochs. An epoch keeps its number of batches.
-
-    Args:
-        rows: the training rows.
-        seed: of the order.
-        batch_size: rows of a forward pass.
-        batches_per_step: forward passes of an optimizer step.
-        skips: what to leave out.
-        skip_rows: rows to pass over first; the order of the next epoch then begins that many rows before the end.
-        whole_steps: leave out the rows at the end of an epoch that do not fill a step, which would be a smaller one.
-    """
-
-    def __init__(
-        self,
-        rows: Sized,
-        *,
-        seed: int,
-        batch_size: int,
-        batches_per_step: int,
-        skips: list[Skip],
-        skip_rows: int = 0,
-        whole_steps: bool = False,
-    ) -> None:
-        self.shuffled = SeedableRandomSampler(rows, data_seed=seed)
-        self.batch_size = batch_size
-        self.batches_per_step = batches_per_step
-        self.batches_per_epoch = len(rows) // batch_size
-        if whole_steps:
-            self.batches_per_epoch -= self.batches_per_epoch % batches_per_step
-        self.skips = skips
-        self.skip_batches = -(-skip_rows // batch_size)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called before each pass, as for any sampler of accelerate."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.batches_per_epoch * self.batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        order: list[int] = []
-        order_of = None
-        for batch in range(self.epoch * self.batches_per_epoch, (self.epoch + 1) * self.batches_per_epoch):
-            epoch, position = divmod(self.skip_batches + self._before_skips(batch), self.batches_per_epoch)
-            if epoch != order_of:
-                self.shuffled.set_epoch(epoch)
-                order, order_of = list(self.shuffled), epoch
-            yield from order[position * self.batch_size : (position + 1) * self.batch_size]
-
-    def _before_skips(self, batch: int) -> int:
-        """Which batch of the order without skips now stands where `batch` stood."""
-        for skip in reversed(self.skips):
-            first, stop = self._first_batch(skip.skipped_batches[0]), self._first_batch(skip.skipped_batches[1] + 1)
-            if batch >= first:
-                batch += stop - first
-        return batch
-
-    def _first_batch(self, step: int) -> int:
-        """The first forward pass of an optimizer step, both counted over all epochs; steps count from 1."""
-        steps_per_epoch = -(-self.batches_per_epoch // self.batches_per_step)
-        epoch, position = divmod(step - 1, steps_per_epoch)
-        return epoch * self.batches_per_epoch + position * self.batches_per_step

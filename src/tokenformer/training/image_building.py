@@ -10,7 +10,7 @@ from tokenformer.errors import UserError
 from tokenformer.images import ImageData
 from tokenformer.models import TokenFormerForImageClassification, TokenFormerVisionConfig
 from tokenformer.models.loading import load_image_classifier
-from tokenformer.training.building import kind_of_model
+from tokenformer.training.building import kind_of_model, recompute_weights
 from tokenformer.training.image_recipe import ImageModelRecipe, ImageRecipe
 
 
@@ -37,6 +37,8 @@ def build_classifier(recipe: ImageRecipe, data: ImageData) -> PreTrainedModel:
     if recipe.training.gradient_checkpointing:
         # transformers 5.21 renamed the method.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if recipe.training.recompute:
+        recompute_weights(model)
     return model
 
 

@@ -1,7 +1,7 @@
 """Image classifiers: augmented images and soft targets in, held-out accuracy out."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +18,10 @@ from tokenformer.images import ImageSet, TrainingImages, collate_images, image_p
 from tokenformer.images.augmentation import Augment
 from tokenformer.images.mixing import soft_cross_entropy
 from tokenformer.models.cost import tokens_per_image, training_flops_per_image, trunk_parameters
-from tokenformer.training.collapse import RowsWithoutSkipped
 from tokenformer.training.image_building import build_classifier
 from tokenformer.training.image_recipe import ImageRecipe
 from tokenformer.training.image_schedule import image_schedule
+from tokenformer.training.order import RowOrder
 from tokenformer.training.task import Task
 from tokenformer.training.trainer import RunTrainer
 
@@ -196,16 +196,7 @@ class ImageTrainer(RunTrainer):
             self.average.load_state_dict(load_file(Path(resume_from_checkpoint) / _AVERAGE_FILE))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
-        rows = RowsWithoutSkipped(
-            cast(Sized, self.train_dataset),
-            seed=cast(int, self.args.data_seed),
-            batch_size=self.args.train_batch_size,
-            batches_per_step=self.args.gradient_accumulation_steps,
-            skips=self.skips,
-            skip_rows=self.skip_rows,
-            whole_steps=True,
-        )
-        return _WithPositions(rows)
+        return _WithPositions(self.row_order(whole_steps=True))
 
 
 ImageTask.trainer_class = ImageTrainer
@@ -225,7 +216,7 @@ class _Averaging(TrainerCallback):
 class _WithPositions(Sampler[tuple[int, int]]):
     """Rows with their position in the order of the whole run, on which the crop of an image depends."""
 
-    def __init__(self, rows: RowsWithoutSkipped) -> None:
+    def __init__(self, rows: RowOrder) -> None:
         self.rows = rows
 
     def set_epoch(self, epoch: int) -> None:
@@ -236,8 +227,7 @@ class _WithPositions(Sampler[tuple[int, int]]):
         return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        first = self.rows.epoch * len(self.rows) + self.rows.skip_batches * self.rows.batch_size
-        return zip(self.rows, range(first, first + len(self.rows)), strict=True)
+        return self.rows.placed()
 
 
 def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:

@@ -3,18 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.utils.data import Subset
 from transformers import set_seed
 
 from tokenformer.data import TrainingData, open_data
 from tokenformer.errors import UserError
 from tokenformer.evaluation import evaluate_perplexity
-from tokenformer.evaluation.perplexity import evenly_spaced
+from tokenformer.evaluation.perplexity import evenly_spaced, perplexity_figures
 from tokenformer.models.cost import non_embedding_parameters, training_flops_per_token
-from tokenformer.training.building import build_model
+from tokenformer.parallel.folders import write_model
+from tokenformer.training.building import build_in_parts, build_model
 from tokenformer.training.recipe import Recipe
 from tokenformer.training.task import Task
 from tokenformer.training.trainer import LanguageTrainer, RunTrainer, collate
@@ -44,14 +47,17 @@ class LanguageTask(Task):
         self._held_out, self.held_out_rows = rows, rows
         self.steps = _steps(recipe, self.data)
         set_seed(recipe.training.seed)
-        self.model = build_model(recipe, self.data)
+        if recipe.layout.processes == 1:
+            self.model = build_model(recipe, self.data)
+        else:
+            self.model, self.fill = build_in_parts(recipe, self.data)
         self.tokens_per_byte = self.data.tokens_per_byte("held_out", progress=progress)
         tokens = recipe.training.batch_size * self.data.sequence_length
         self.per_step = {
             "tokens": tokens,
             "flops": tokens * training_flops_per_token(self.model, self.data.sequence_length),
         }
-        self.micro_batch = recipe.training.micro_batch_size or recipe.training.batch_size
+        self.micro_batch = recipe.micro_batch_size
         self.learning_rate, self.warmup = recipe.optimizer.learning_rate, recipe.optimizer.warmup
         self.fingerprints, self.source = self.data.fingerprints, str(self.data.path)
 
@@ -61,9 +67,21 @@ class LanguageTask(Task):
 
     def evaluate(self, model: torch.nn.Module, *, device: torch.device) -> dict[str, float]:
         """Loss in nats per token, perplexity, bits per byte and the number of tokens."""
-        return evaluate_perplexity(
-            model, self._held_out, tokens_per_byte=self.tokens_per_byte, batch_size=self.micro_batch
-        )
+        measure = partial(evaluate_perplexity, tokens_per_byte=self.tokens_per_byte, batch_size=self.micro_batch)
+        rows, ranks = self._held_out, self.ranks
+        if ranks is None:
+            return measure(model, rows)
+        # Each forward pass needs all processes, so that they read equally many rows: what is left over, all of them do.
+        parts = ranks.layout.batch_parts
+        even = len(rows) - len(rows) % parts
+        total = count = 0.0
+        if even:
+            mine = measure(model, cast(Any, Subset(cast(Any, rows), range(ranks.batch_part, even, parts))))
+            total, count = ranks.sums(mine["loss"] * mine["tokens"], mine["tokens"])
+        if even < len(rows):
+            rest = measure(model, cast(Any, Subset(cast(Any, rows), range(even, len(rows)))))
+            total, count = total + rest["loss"] * rest["tokens"], count + rest["tokens"]
+        return perplexity_figures(total, round(count), self.tokens_per_byte)
 
     def example_loss(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor:
         """Of the first rows."""
@@ -82,8 +100,12 @@ class LanguageTask(Task):
     def save(self, run: Path, trainer: RunTrainer) -> None:
         """The model, loadable with from_pretrained, and its tokenizer."""
         self.model.config.use_cache = True
-        self.model.save_pretrained(run)
-        self.data.save_tokenizer(run)
+        if self.ranks is None:
+            self.model.save_pretrained(run)
+        else:
+            write_model(self.model, run, self.ranks)
+        if self.ranks is None or self.ranks.main:
+            self.data.save_tokenizer(run)
 
 
 def _steps(recipe: Recipe, data: TrainingData) -> int:

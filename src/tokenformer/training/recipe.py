@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import yaml
 
 from tokenformer.errors import UserError
+from tokenformer.parallel.mesh import Layout
 
 
 class RunRecipe:
@@ -20,6 +21,23 @@ class RunRecipe:
     data: Any
     optimizer: Any
     training: Any
+
+    @property
+    def layout(self) -> Layout:
+        """Of the processes that run it."""
+        parallel = getattr(self, "parallel", None)
+        return Layout(**dataclasses.asdict(parallel)) if parallel is not None else Layout()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of a forward pass of one process."""
+        given: int | None = self.training.micro_batch_size
+        return int(given or self.training.batch_size // self.layout.batch_parts)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one process in an optimizer step."""
+        return int(self.training.batch_size // (self.micro_batch_size * self.layout.batch_parts))
 
     def open(self, *, progress: bool = False) -> Any:
         """Data and model, as a `Task`; nothing is written.
@@ -58,9 +76,10 @@ class RunRecipe:
         if self.optimizer.state == "carried" and not self.model.path:
             raise UserError("optimizer.state 'carried' needs model.path: a new model has no moments to carry")
         require_positive(self, {"optimizer": ("learning_rate", "max_grad_norm"), "training": _STEPS})
-        for name in ("eval_every", "save_every"):
-            if getattr(self.training, name) < 0:
-                raise UserError(f"training.{name} must not be negative, got {getattr(self.training, name)}")
+        for name in ("eval_every", "save_every", "save_minutes", "milestone_every"):
+            value = getattr(self.training, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"training.{name} must not be negative, got {value}")
         for name in ("warmup", "min_ratio", "anneal_scale", "schedule_from", "schedule_to"):
             if not 0 <= getattr(self.optimizer, name) <= 1:
                 raise UserError(f"optimizer.{name} must lie between 0 and 1, got {getattr(self.optimizer, name)}")
@@ -79,6 +98,11 @@ class RunRecipe:
         if self.optimizer.weight_decay < 0:
             raise UserError(f"optimizer.weight_decay must not be negative, got {self.optimizer.weight_decay}")
         micro = self.training.micro_batch_size
+        parts = self.layout.batch_parts
+        if parts > 1 and self.training.batch_size % (parts * (micro or 1)):
+            rows = f"parallel.data {self.layout.data} x parallel.shard {self.layout.shard}"
+            rows += f" x training.micro_batch_size {micro}" if micro else ""
+            raise UserError(f"training.batch_size {self.training.batch_size} is not a multiple of {rows}")
         if micro is not None and self.training.batch_size % micro:
             raise UserError(
                 f"training.batch_size {self.training.batch_size} is not a multiple of training.micro_batch_size {micro}"
@@ -230,10 +254,14 @@ class StepsRecipe:
         precision: auto takes bf16 where the hardware multiplies it fast, else fp32; fp16 needs a GPU.
         compile: torch.compile; auto compiles when the run is long enough to earn the compile time back.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
+        recompute: keep the scores of parameter tokens alone for the backward pass, which makes their weights again:
+            saves less than gradient_checkpointing, at a far smaller cost, and goes with it.
         eval_every: steps between evaluations on the held-out split; 0 for the end only.
         save_every: steps between checkpoints; 0 for the end only.
+        save_minutes: minutes after a checkpoint at which the next is written in any case; 0 for never.
+        milestone_every: steps between checkpoints that are never dropped; 0 for none.
         log_every: steps between lines of metrics.jsonl.
-        keep_checkpoints: whole checkpoints kept.
+        keep_checkpoints: newest checkpoints kept, beside the milestones.
         seed: of initialisation and data order.
         threads: CPU threads; all cores if not given.
         on_collapse: what follows a loss or gradient that is not finite, or a loss that rises by collapse_rise: stop, or
@@ -251,8 +279,11 @@ class StepsRecipe:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     gradient_checkpointing: bool = False
+    recompute: bool = False
     eval_every: int = 0
     save_every: int = 500
+    save_minutes: float = 0.0
+    milestone_every: int = 0
     log_every: int = 10
     keep_checkpoints: int = 2
     seed: int = 0
@@ -269,9 +300,27 @@ class TrainingRecipe(StepsRecipe):
 
     Args:
         tokens: budget; training stops at the first step that reaches it.
+        fused_loss: compute the loss a few positions at a time, without the logits of the whole batch; for large
+            vocabularies. Its rounding is another.
     """
 
     tokens: int = 10_000_000
+    fused_loss: bool = False
+
+
+@dataclass
+class ParallelRecipe:
+    """The processes that train together, as torchrun starts them; the product is their number.
+
+    Args:
+        data: groups that each hold the whole model and read other rows.
+        shard: processes that share the parameters of such a group, each reading other rows (FSDP2).
+        tensor: processes that share every layer's parameter tokens and read the same rows.
+    """
+
+    data: int = 1
+    shard: int = 1
+    tensor: int = 1
 
 
 @dataclass
@@ -284,6 +333,7 @@ class Recipe(RunRecipe):
         data: on what.
         optimizer: by which rule.
         training: for how long.
+        parallel: on how many processes.
     """
 
     out: str = ""
@@ -291,6 +341,7 @@ class Recipe(RunRecipe):
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
 
     def open(self, *, progress: bool = False) -> Any:
         """A LanguageTask."""
@@ -304,10 +355,27 @@ class Recipe(RunRecipe):
             raise UserError("data.path: give a folder written by `tokenformer data prepare`, or tokenised .bin files")
         if self.model.family == "gpt_neox" and self.model.preset:
             raise UserError("model.preset: the presets are TokenFormers; give the sizes of a gpt_neox")
+        require_positive(self, {"parallel": ("data", "shard", "tensor")})
         self._validate_shared()
+        self._validate_parallel()
         require_positive(self, {"model": SIZES, "data": ("sequence_length", "held_out_rows"), "training": ("tokens",)})
         if self.data.skip_rows < 0:
             raise UserError(f"data.skip_rows must not be negative, got {self.data.skip_rows}")
+
+    def _validate_parallel(self) -> None:
+        if self.layout.processes == 1:
+            return
+        if self.training.precision == "fp16":
+            raise UserError("training.precision fp16 trains in one process: use bf16 or fp32 with parallel")
+        if self.training.compile == "on":
+            raise UserError(
+                "training.compile on: what runs in several processes is not compiled; set it to auto or off"
+            )
+        if self.training.nested and self.parallel.tensor > 1:
+            raise UserError(
+                "training.nested takes the first tokens of each layer, which parallel.tensor gives to one process: "
+                "use parallel.data and parallel.shard"
+            )
 
 
 RECIPE_FILE = "recipe.yaml"
@@ -315,7 +383,12 @@ _MAX_OLD_TOKENS = 1000
 # torch.compile gives up on a function after eight versions of it.
 MOST_COMPILED_SIZES = 8
 # on_collapse is free so that a run which stopped over a collapse can go on by skipping.
-_FREE = {"out", "training.threads", "training.keep_checkpoints", "training.save_every", "training.on_collapse"}
+CHECKPOINT_FIELDS = {
+    f"training.{name}" for name in ("save_every", "save_minutes", "milestone_every", "keep_checkpoints")
+}
+# The layout is free so that a run can go on with more or fewer processes.
+_LAYOUT_FIELDS = {"parallel.data", "parallel.shard", "parallel.tensor"}
+_FREE = {"out", "training.threads", "training.on_collapse", *CHECKPOINT_FIELDS, *_LAYOUT_FIELDS}
 SIZES = (
     "hidden_size",
     "num_hidden_layers",

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,16 +20,37 @@ from transformers.utils.logging import disable_progress_bar
 from tokenformer.elastic.sizes import prefix
 from tokenformer.errors import UserError
 from tokenformer.folders import CHECKPOINTS, PARTIAL, saving, step_of, whole_checkpoints, write_atomically
-from tokenformer.hardware import autocast_dtype, peak_flops, pick_device, pick_precision, set_threads
+from tokenformer.hardware import (
+    autocast_dtype,
+    peak_flops,
+    physical_cores,
+    pick_device,
+    pick_precision,
+    set_threads,
+)
+from tokenformer.parallel.mesh import (
+    Ranks,
+    check_launch,
+    is_main_process,
+    launched_processes,
+    local_processes,
+    lost_process,
+    use_one_gpu,
+)
+from tokenformer.parallel.opening import lay_out
+from tokenformer.parallel.sharding import check_model
 from tokenformer.training.callbacks import (
     METRICS_FILE,
     AnnealScale,
     Metrics,
+    MoreCheckpoints,
     ProgressBar,
+    SameOnAllRanks,
     StopOnSignal,
     read_metrics,
     signals_to,
 )
+from tokenformer.training.checkpoints import newest_whole
 from tokenformer.training.collapse import SKIPS_FILE, Collapse, LossRise, read_skips, skip_batches
 from tokenformer.training.image_recipe import ImageRecipe
 from tokenformer.training.nested import Nesting
@@ -65,12 +87,27 @@ def train(recipe: Recipe | ImageRecipe, *, progress: bool = True, title: str = "
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
     recipe.validate()
+    if launched_processes() > 1 and not hasattr(recipe, "parallel"):
+        raise UserError("image classifiers train in one process: start it without torchrun")
+    check_launch(recipe.layout)
     while True:
         try:
-            return _train(recipe, progress, title)
+            return _train(recipe, progress and is_main_process(), title)
+        except RuntimeError as error:
+            if not lost_process(error):
+                raise
+            lost = UserError(
+                f"another process of this run ended or no longer answers ({_first_line(error)}): start the same "
+                "command again, which goes on from the last checkpoint, or let torchrun do so with --max-restarts 1"
+            )
+            lost.everywhere = True
+            raise lost from error
         except Collapse as collapse:
             if recipe.training.on_collapse == "stop":
                 raise
+            gc.collect()  # the model that collapsed
+            if not is_main_process():
+                continue
             run = Path(recipe.out)
             skip = skip_batches(run, collapse, max(map(step_of, whole_checkpoints(run)), default=0))
         first, last = skip.skipped_batches
@@ -78,7 +115,6 @@ def train(recipe: Recipe | ImageRecipe, *, progress: bool = True, title: str = "
             f"{skip.what} at step {skip.step}: going back to step {skip.checkpoint} and on without batches "
             f"{first} to {last} ({SKIPS_FILE})\n"
         )
-        gc.collect()  # the model that collapsed
 
 
 def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str, Any]:
@@ -87,24 +123,33 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
     finished = _check_folder(run, recipe)
     if finished is not None:
         return finished
-    threads = set_threads(recipe.training.threads)
+    own_cores = max(1, physical_cores() // local_processes())
+    threads = set_threads(own_cores if recipe.training.threads is None else recipe.training.threads)
+    use_one_gpu()
     device = pick_device()
     precision = pick_precision(recipe.training.precision, device)
     task = open_task(recipe, progress=progress)
+    check_model(task.model, recipe.layout)
+    ranks = task.ranks = Ranks(recipe.layout, device) if recipe.layout.processes > 1 else None
+    if ranks is not None:
+        lay_out(task.model, task.fill, ranks)
     model, steps, optimizer = task.model, task.steps, recipe.optimizer
     carried = carried_state(Path(str(recipe.model.path))) if optimizer.state == "carried" else None
     old = old_parameters(model) if optimizer.old_tokens != 1 else set()
     anneal = [AnnealScale(model, optimizer.anneal_scale * steps)] if optimizer.anneal_scale > 0 else []
 
     disable_progress_bar()  # transformers' bars for writing a file would tear ours
-    with saving(run):
-        run.mkdir(parents=True, exist_ok=True)
-        if not (run / RECIPE_FILE).exists():
-            write_atomically(run / RECIPE_FILE, recipe.to_yaml())
-        _check_data(run, task)
-    shutil.rmtree(run / CHECKPOINTS / PARTIAL, ignore_errors=True)
-    checkpoints = whole_checkpoints(run)
-    resumed = checkpoints[-1] if checkpoints else None
+    main, resumed = ranks is None or ranks.main, None
+    if main:
+        with saving(run):
+            run.mkdir(parents=True, exist_ok=True)
+            if not (run / RECIPE_FILE).exists():
+                write_atomically(run / RECIPE_FILE, recipe.to_yaml())
+            _check_data(run, task)
+        shutil.rmtree(run / CHECKPOINTS / PARTIAL, ignore_errors=True)
+        resumed = newest_whole(run)
+    if ranks is not None:
+        resumed = ranks.from_main(resumed)
     skips = read_skips(run)
     metrics = Metrics(run, task.done)
     stop = StopOnSignal()
@@ -113,30 +158,34 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
         with metrics.paused():
             return evaluate_sizes(task, candidate, device)
 
-    trainer = task.trainer(
-        evaluate,
-        run=run,
-        keep_checkpoints=recipe.training.keep_checkpoints,
-        autocast=None if precision == "fp16" else autocast_dtype(precision),  # fp16 scales its loss in accelerate
-        carried=carried,
-        old=old,
-        old_rate=optimizer.old_tokens,
-        schedule=(optimizer.schedule_from, optimizer.schedule_to),
-        loss_rise=LossRise(recipe.training.collapse_rise) if recipe.training.collapse_rise > 0 else None,
-        skips=skips,
-        nesting=task.nesting,
-        model=model,
-        args=_arguments(recipe, task, precision, device),
-        train_dataset=task.train_rows,
-        eval_dataset=task.held_out_rows,
-        callbacks=[
-            metrics,
-            stop,
-            TensorBoardCallback(SummaryWriter(str(run / "tensorboard"), purge_step=step_of(resumed) if resumed else 0)),
-            *([ProgressBar(title, task.unit, task.per_step[task.unit])] if progress else []),
-            *anneal,
-        ],
-    )
+    # The model is laid out already: to accelerate, each process is the only one.
+    with nullcontext() if ranks is None else ranks.unseen():
+        trainer = task.trainer(
+            evaluate,
+            run=run,
+            keep_checkpoints=recipe.training.keep_checkpoints,
+            milestone_every=recipe.training.milestone_every,
+            autocast=None if precision == "fp16" else autocast_dtype(precision),  # fp16 scales its loss in accelerate
+            carried=carried,
+            old=old,
+            old_rate=optimizer.old_tokens,
+            schedule=(optimizer.schedule_from, optimizer.schedule_to),
+            loss_rise=LossRise(recipe.training.collapse_rise) if recipe.training.collapse_rise > 0 else None,
+            skips=skips,
+            nesting=task.nesting,
+            ranks=ranks,
+            model=model,
+            args=_arguments(recipe, task, precision, device),
+            train_dataset=task.train_rows,
+            eval_dataset=task.held_out_rows,
+            callbacks=[
+                MoreCheckpoints(recipe.training.save_minutes, recipe.training.milestone_every),
+                *([metrics, stop] if ranks is None else [stop, SameOnAllRanks(ranks), *([metrics] if main else [])]),
+                *([_tensorboard(run, resumed)] if main else []),
+                *([ProgressBar(title, task.unit, task.per_step[task.unit])] if progress else []),
+                *anneal,
+            ],
+        )
     trainer.remove_callback(PrinterCallback)
     compile_seconds = 0.0
     with signals_to(stop.ask):
@@ -158,6 +207,10 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
                 f"stopped at step {trainer.state.global_step} of {steps} and saved; the same command resumes"
             )
 
+    with saving(run):
+        task.save(run, trainer)
+    if not main:
+        return cast(dict[str, Any], cast(Ranks, ranks).from_main(None))
     last = read_metrics(run / METRICS_FILE)[-1]
     seconds = last["seconds"]
     done = task.done(steps)
@@ -179,9 +232,8 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
         "seed": recipe.training.seed,
     }
     with saving(run):
-        task.save(run, trainer)
         write_atomically(run / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-    return summary
+    return summary if ranks is None else cast(dict[str, Any], ranks.from_main(summary))
 
 
 def open_task(recipe: Recipe | ImageRecipe, *, progress: bool = False) -> Task:
@@ -193,8 +245,7 @@ def open_task(recipe: Recipe | ImageRecipe, *, progress: bool = False) -> Task:
     task: Task = recipe.open(progress=progress)
     training = recipe.training
     if training.nested:
-        passes = training.batch_size // (training.micro_batch_size or training.batch_size)
-        task.nesting = Nesting(task.model, training.nested, training.nested_draw, training.seed, passes)
+        task.nesting = Nesting(task.model, training.nested, training.nested_draw, training.seed, recipe.passes)
     return task
 
 
@@ -215,6 +266,11 @@ def _smaller_sizes(task: Task, last: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     sizes = {f"{share:g}": task.nesting.sizes(share) for share in task.nesting.shares}
     return {**{name: value for name, value in last.items() if _AT in name}, "nested": sizes}
+
+
+def _tensorboard(run: Path, resumed: Path | None) -> TensorBoardCallback:
+    """Events of this run, without those after the checkpoint that it goes on from."""
+    return TensorBoardCallback(SummaryWriter(str(run / "tensorboard"), purge_step=step_of(resumed) if resumed else 0))
 
 
 def _check_folder(run: Path, recipe: Recipe | ImageRecipe) -> dict[str, Any] | None:
@@ -254,12 +310,11 @@ def _check_data(run: Path, task: Task) -> None:
 
 def _arguments(recipe: Recipe | ImageRecipe, task: Task, precision: str, device: torch.device) -> TrainingArguments:
     training, optimizer = recipe.training, recipe.optimizer
-    micro = training.micro_batch_size or training.batch_size
     cosine = optimizer.schedule == "cosine"
     return TrainingArguments(
         output_dir=str(Path(recipe.out) / CHECKPOINTS),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // micro,
+        per_device_train_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.passes,
         max_steps=task.steps,
         learning_rate=task.learning_rate,
         lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
@@ -292,6 +347,8 @@ def _arguments(recipe: Recipe | ImageRecipe, task: Task, precision: str, device:
 def _compile(trainer: RunTrainer, recipe: Recipe | ImageRecipe, task: Task) -> float:
     """Compile the model and try one step; go on without where that fails. Returns the seconds it took."""
     choice, device = recipe.training.compile, trainer.args.device
+    if trainer.ranks is not None:
+        return 0.0
     if choice == "off" or (choice == "auto" and not _compile_pays(task.done(task.steps)["flops"], device)):
         return 0.0
     if task.nesting is not None and not task.nesting.few_sizes:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tokenformer.parallel.mesh import Ranks
+from tokenformer.parallel.opening import Fill
 from tokenformer.training.nested import FLOPS_PER_WEIGHT, Nesting
 from tokenformer.training.trainer import RunTrainer
 
@@ -27,6 +29,8 @@ class Task(ABC):
         fingerprints: of the data, to see that they have not changed since the run began.
         source: where the data come from, for messages.
         nesting: the sizes at which the model is trained; None for its own alone.
+        ranks: the processes that train it; None where there is one.
+        fill: what gives a model without values those of the parts that a process holds; None if it has its values.
     """
 
     model: PreTrainedModel
@@ -40,6 +44,8 @@ class Task(ABC):
     fingerprints: Mapping[str, Any]
     source: str
     nesting: Nesting | None = None
+    ranks: Ranks | None = None
+    fill: Fill | None = None
 
     def done(self, steps: int) -> dict[str, int]:
         """How much of everything in `per_step` so many steps are; a nested step costs what its prefixes cost."""

@@ -11,11 +11,19 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from tokenformer.errors import UserError
-from tokenformer.folders import CHECKPOINTS, PARTIAL, publish, saving
-from tokenformer.training.collapse import Collapse, LossRise, RowsWithoutSkipped, Skip
+from tokenformer.folders import CHECKPOINTS, PARTIAL, saving
+from tokenformer.parallel.checkpoints import is_sharded, load_optimizer_shards, load_shards, save_shards
+from tokenformer.parallel.folders import load_slices, write_configuration
+from tokenformer.parallel.mesh import Ranks
+from tokenformer.parallel.sharding import clip_gradients, groups_by_mesh, like_parameter
+from tokenformer.training.checkpoints import publish
+from tokenformer.training.collapse import Collapse, LossRise, Skip
 from tokenformer.training.nested import Nesting
+from tokenformer.training.order import RowOrder
 
 OPTIMIZER_FILE = "optimizer.pt"
 
@@ -31,7 +39,8 @@ class RunTrainer(Trainer):
 
     Args:
         run: folder of the run; checkpoints go to `run/checkpoints`.
-        keep_checkpoints: whole checkpoints kept.
+        keep_checkpoints: newest checkpoints kept.
+        milestone_every: checkpoints at multiples of so many steps are kept too; 0 keeps none.
         autocast: dtype of the forward pass, None for that of the parameters.
         evaluate_with: what `evaluate` returns, without its `eval_` prefix.
         carried: named optimizer state to start from (`carried_state`).
@@ -44,6 +53,7 @@ class RunTrainer(Trainer):
         skips: batches that the run leaves out.
         skip_rows: rows that it passes over first.
         nesting: the sizes that the passes train; the whole model if None.
+        ranks: the processes that train together; the model is cut for them already. None for one process.
         kwargs: passed to transformers' Trainer.
     """
 
@@ -52,6 +62,7 @@ class RunTrainer(Trainer):
         *,
         run: Path,
         keep_checkpoints: int,
+        milestone_every: int = 0,
         autocast: torch.dtype | None,
         evaluate_with: Callable[[nn.Module], dict[str, float]],
         carried: dict[str, dict[str, torch.Tensor]] | None = None,
@@ -63,11 +74,13 @@ class RunTrainer(Trainer):
         skips: Sequence[Skip] = (),
         skip_rows: int = 0,
         nesting: Nesting | None = None,
+        ranks: Ranks | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.run = run
         self.keep_checkpoints = keep_checkpoints
+        self.milestone_every = milestone_every
         self.autocast = autocast
         self.evaluate_with = evaluate_with
         self.carried = carried
@@ -79,6 +92,7 @@ class RunTrainer(Trainer):
         self.skips = list(skips)
         self.skip_rows = skip_rows
         self.nesting = nesting
+        self.ranks = ranks
         self._pass = (-1, 0)
         self._step_loss = 0.0
         if loss_rise is not None:
@@ -105,6 +119,8 @@ class RunTrainer(Trainer):
         """
         with self._size_of_pass():
             loss = super().training_step(*args, **kwargs)
+        if self.ranks is not None:
+            loss = self.ranks.mean(loss)
         self._require_finite("loss", loss)
         if self.loss_rise is not None:
             self._step_loss += loss.item()
@@ -128,7 +144,11 @@ class RunTrainer(Trainer):
             if risen:
                 raise self._collapse(risen)
         # A finite loss can have an infinite gradient, and a checkpoint written after it would be of no use.
-        norm: torch.Tensor | float | None = super()._clip_grad_norm(model)
+        norm: torch.Tensor | float | None
+        if self.ranks is None:
+            norm = super()._clip_grad_norm(model)
+        else:
+            norm = clip_gradients(model, self.args.max_grad_norm, self.ranks)
         if norm is not None and not self.args.fp16:  # the gradient scaler of fp16 skips such a step by itself
             self._require_finite("gradient norm", torch.as_tensor(norm))
         return norm
@@ -157,6 +177,7 @@ class RunTrainer(Trainer):
                 groups.append({"params": decaying, "weight_decay": self.args.weight_decay, "lr": lr})
                 groups.append({"params": others, "weight_decay": 0.0, "lr": lr})
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = [part for group in groups for part in groups_by_mesh(group)]
             self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
             if self.carried is not None:
                 _restore(self.optimizer, self.carried)
@@ -190,16 +211,27 @@ class RunTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if not self.skips and not self.skip_rows:
-            return super()._get_train_sampler(train_dataset)
-        return RowsWithoutSkipped(
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
+        return self.row_order()
+
+    def row_order(self, *, whole_steps: bool = False) -> RowOrder:
+        """The rows of this run.
+
+        Args:
+            whole_steps: as in `RowOrder`; always so where several processes train together, as the rows of a smaller
+                step would depend on their number.
+        """
+        parts = 1 if self.ranks is None else self.ranks.layout.batch_parts
+        return RowOrder(
             cast(Sized, self.train_dataset),
+            rank=0 if self.ranks is None else self.ranks.batch_part,
+            world=parts,
             seed=cast(int, self.args.data_seed),
-            batch_size=self.args.train_batch_size,
+            batch_size=self.args.train_batch_size * parts,
             batches_per_step=self.args.gradient_accumulation_steps,
             skips=self.skips,
             skip_rows=self.skip_rows,
+            whole_steps=whole_steps or self.ranks is not None,
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -218,23 +250,85 @@ class RunTrainer(Trainer):
         """Put into a checkpoint what is not in the model, the optimizer and the Trainer's own state: nothing here."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if is_sharded(folder):
+            load_shards(folder, cast(nn.Module, self.model))
+            return
+        if self.ranks is not None:
+            load_slices(cast(PreTrainedModel, self.model), folder)
+            return
         # transformers saves some models (ViT) under other names than their parameters have. Its own Trainer looks for
         # the latter, and goes on with new weights where it does not find them.
         target = cast(PreTrainedModel, model or self.model)
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or (self.ranks is None and not is_sharded(Path(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        if is_sharded(Path(checkpoint)):
+            load_optimizer_shards(Path(checkpoint), optimizer)
+        else:
+            _restore(optimizer, carried_state(Path(checkpoint)))
+        # Another layout has other groups of parameters. Their learning rates follow from the step.
+        scheduler = cast(LambdaLR, self.lr_scheduler)
+        step = self.state.global_step
+        scheduler.last_epoch, scheduler._step_count = step, step + 1
+        scheduler._last_lr = [
+            base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.ranks is not None:
+            checkpoint = str(Path(checkpoint) / self._of_this_rank)
+        super()._load_rng_state(checkpoint)
+
+    @property
+    def _of_this_rank(self) -> str:
+        return f"rank-{self.ranks.rank if self.ranks is not None else 0}"
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run / CHECKPOINTS / PARTIAL)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         partial = self.run / CHECKPOINTS / PARTIAL
+        checkpoint = partial / f"checkpoint-{self.state.global_step}"
+        if self.ranks is not None:
+            self._save_in_parts(checkpoint, self.ranks)
+            return
         shutil.rmtree(partial, ignore_errors=True)
         with saving(self.run / CHECKPOINTS):
             super()._save_checkpoint(model, trial)
-            checkpoint = partial / f"checkpoint-{self.state.global_step}"
             self.save_beside(checkpoint)
-            publish(checkpoint, self.run, self.keep_checkpoints)
+            publish(checkpoint, self.run, self.keep_checkpoints, self.milestone_every)
+
+    def _save_in_parts(self, checkpoint: Path, ranks: Ranks) -> None:
+        """Each process writes its part; the main one all else, and the name once everything is there."""
+        model = cast(PreTrainedModel, self.model)
+        with saving(checkpoint.parent.parent):
+            if ranks.main:
+                shutil.rmtree(checkpoint.parent, ignore_errors=True)
+                checkpoint.mkdir(parents=True)
+            ranks.barrier()
+            save_shards(checkpoint, model, self.optimizer)
+            self._save_rng_state(str(checkpoint / self._of_this_rank))
+            if ranks.main:
+                write_configuration(model, checkpoint)
+                for callback in [*self.callback_handler.callbacks, self.control]:
+                    if isinstance(callback, ExportableState):
+                        states = cast(dict[str, Any], self.state.stateful_callbacks)
+                        states[type(callback).__name__] = callback.state()
+                self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+            self.save_beside(checkpoint)
+            ranks.barrier()
+            if ranks.main:
+                publish(checkpoint, self.run, self.keep_checkpoints, self.milestone_every)
+            # Nobody goes on, and may be killed, before the checkpoint counts.
+            ranks.barrier()
 
 
 class LanguageTrainer(RunTrainer):
@@ -290,6 +384,6 @@ def _restore(optimizer: torch.optim.Optimizer, carried: dict[str, dict[str, torc
                         f"carried optimizer state of {name} has another shape: set optimizer.state to fresh"
                     )
                 optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    key: value.clone() if key == "step" else like_parameter(value, parameter)
                     for key, value in state.items()
                 }
