@@ -134,6 +134,17 @@ def test_four_processes_go_on_from_a_checkpoint_of_one(folder: Path, launch: Cal
     assert_same_run(folder / "four", folder / "one")
 
 
+@pytest.mark.slow
+def test_a_folder_grows_in_parts_as_in_one_process(folder: Path, launch: Callable[..., Any]) -> None:
+    options = ["--qkv", "20", "--output", "16", "--ffn", "64", "--keys", "random"]
+    assert main(["grow", str(folder / "one"), str(folder / "grown"), *options]) == 0
+    launch(2, "-m", "tokenformer", "grow", str(folder / "one"), str(folder / "grown-in-parts"), *options)
+    files = sorted(path.name for path in (folder / "grown").iterdir())
+    assert sorted(path.name for path in (folder / "grown-in-parts").iterdir()) == files
+    for name in files:
+        assert (folder / "grown-in-parts" / name).read_bytes() == (folder / "grown" / name).read_bytes(), name
+
+
 def test_the_layout_must_be_what_was_started(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_in(folder, "nothing")
     assert main(["train", file_of(recipe), "--parallel.data", "2", "--parallel.tensor", "2"]) == 2
