@@ -1,4 +1,4 @@
-"""Measures a training step of one of several processes: run by test_plan_scale.py, prints a line of JSON for each layout.
+"""Measures a training step of one of several processes: run by test_plan_scale.py, prints a line of JSON a layout.
 
 A fake process group stands for the others: what it gathers and sums is wrong, but shapes, memory and calls are those
 of a real run. torch's own tracker counts the memory; bytes are counted from what the collectives are given.
