@@ -42,12 +42,16 @@ TARGETS = (
     Target("tokenformer_compiled", "gpt_neox_compiled", ("bfloat16",), at_most=1.0),
     Target("tokenformer_compiled", "gpt_neox_compiled", ("float32",)),
     Target("tokenformer_eager", "gpt_neox_eager"),
+    Target("tokenformer_recompute_compiled", "gpt_neox_compiled", ("bfloat16",), at_most=1.0),
+    Target("tokenformer_recompute_eager", "gpt_neox_eager", ("bfloat16",)),
     Target("tokenformer_compiled", PRODUCTS),
 )
 MEMORY_TARGETS = (
     Target("tokenformer_compiled", "gpt_neox_compiled", ("bfloat16",), at_most=1.0),
     Target("tokenformer_compiled", "gpt_neox_compiled", ("float32",)),
     Target("tokenformer_eager", "gpt_neox_eager"),
+    Target("tokenformer_recompute_compiled", "gpt_neox_compiled", ("bfloat16",), at_most=1.0),
+    Target("tokenformer_recompute_eager", "gpt_neox_eager", ("bfloat16",)),
 )
 
 
