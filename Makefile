@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := test lint docs
+EXTRAS := test lint docs vision
 
 # Modules of the user's own environment would shadow the pinned ones.
 unexport PYTHONPATH
@@ -28,8 +28,8 @@ lint: $(VENV)/.lint  ## check style, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.base  ## measure the speed of the operator
-	$(BIN)/tokenformer bench pattention
+bench: $(VENV)/.vision  ## run every benchmark in its short form
+	$(BIN)/tokenformer bench all --quick
 
 docs: $(VENV)/.docs  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -11,6 +11,8 @@ from tokenformer.errors import UserError
 
 PARTIAL = ".partial"
 CHECKPOINTS = "checkpoints"
+# How some network and FUSE file systems answer, and what a folder is that may be written to but not read.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 _FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
 
 
@@ -29,7 +31,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         with saving(folder):
             partial.mkdir(parents=True)
             yield partial
+            sync_tree(partial)
             os.replace(partial, folder)
+            sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -40,7 +44,35 @@ def write_atomically(path: Path, text: str) -> None:
     with saving(path):
         partial = path.with_name(path.name + PARTIAL)
         partial.write_text(text, encoding="utf-8")
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """See all that a folder holds onto the disk.
+
+    After a power cut the name of a folder can be there and what it holds not, unless that was synced before.
+    """
+    for path in (*sorted(folder.rglob("*")), folder):
+        if path.is_file() or path.is_dir():  # a link may lead nowhere
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """See a file, or the names in a folder, onto the disk."""
+    windows, is_folder = os.name == "nt", path.is_dir()
+    if windows and is_folder:  # Windows opens no folders
+        return
+    try:
+        descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)  # and syncs what is open for writing alone
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in _NO_FOLDER_SYNC):
+            raise
 
 
 @contextmanager
@@ -52,7 +84,7 @@ def saving(target: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in _FULL:
-            raise UserError(_cannot_write(target, _FULL[error.errno])) from error
+            raise _full(target, _FULL[error.errno]) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"cannot write {target}: {error.strerror}; choose a folder you may write to") from error
         raise
@@ -68,7 +100,7 @@ def saving(target: Path) -> Iterator[None]:
             "iostream error",
         )
         if any(sign in str(error) for sign in signs):
-            raise UserError(_cannot_write(target, "no space left on the device")) from error
+            raise _full(target, "no space left on the device") from error
         raise
 
 
@@ -83,9 +115,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _cannot_write(target: Path, reason: str) -> str:
+def _full(target: Path, reason: str) -> UserError:
     free = shutil.disk_usage(next(path for path in (target, *target.resolve().parents) if path.exists())).free
-    return (
+    full = UserError(
         f"cannot write {target}: {reason} ({free / 2**20:.0f} MiB free); what was saved before is whole, "
         "so make room and run the same command again"
     )
+    full.everywhere = True  # the disk of another process need not be full
+    return full

@@ -17,7 +17,11 @@ from tokenformer.parallel.growth import grow_in_parts
 from tokenformer.parallel.opening import lay_out, new_model, stored_model
 from tokenformer.parallel.sharding import clip_gradients, groups_by_mesh
 
-LAYOUTS = {2: [(2, 1, 1), (1, 2, 1), (1, 1, 2)], 4: [(2, 1, 2), (1, 2, 2), (2, 2, 1)]}
+LAYOUTS = {
+    2: [(2, 1, 1), (1, 2, 1), (1, 1, 2)],
+    4: [(2, 1, 2), (1, 2, 2), (2, 2, 1)],
+    8: [(2, 2, 2)],  # by hand: torchrun --nproc-per-node 8 tests/parallel/layouts_worker.py FOLDER
+}
 SEGMENTS = [{"name": "base", "qkv": 12, "output": 10, "ffn": 21}, {"name": "grown1", "qkv": 5, "output": 6, "ffn": 7}]
 GROWN = {"qkv": 24, "output": 19, "ffn": 33}
 IDS = tiny_ids(8, 9)

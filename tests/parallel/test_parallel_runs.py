@@ -1,5 +1,6 @@
 """`torchrun -m tokenformer train`: the run of one process over several, killed, restarted, and on other layouts."""
 
+import errno
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ import yaml
 from tokenformer import TokenFormerForCausalLM
 from tokenformer.cli import main
 from tokenformer.data import prepare
+from tokenformer.folders import saving
 from tokenformer.training import Recipe, train
 from tokenformer.training.callbacks import read_metrics
 from tokenformer.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, ParallelRecipe, TrainingRecipe
@@ -186,6 +188,22 @@ def test_one_process_of_a_launch_speaks(
         monkeypatch.setenv("RANK", rank)
         assert main(["train", recipe]) == 2
         assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_a_full_disk_of_any_process_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(argv: list[str]) -> None:
+        with saving(tmp_path / "checkpoint"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tokenformer.cli.train.main", full)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "3")
+    assert main(["train", "recipe.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tokenformer train (process 3): error: cannot write ")
+    assert error.count("\n") == 1
 
 
 def test_a_run_goes_on_with_other_processes_but_not_with_another_batch(folder: Path) -> None:

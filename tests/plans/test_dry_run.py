@@ -97,6 +97,9 @@ LARGE = {
     "354M, two layers": (_tokenformer(50304, 768, 2, 1024, (2140, 2140, 8560)), 4, "fp32", False),
     "1.4B, grown, two layers": (GROWN, 2, "bf16", False),
     "1.4B, grown, two layers, recomputed": (GROWN, 2, "bf16", True),
+    "354M, two layers, weights": (_tokenformer(50304, 768, 2, 1024, (2140, 2140, 8560)), 4, "fp32", "weights"),
+    "1.4B, grown, two layers, weights": (GROWN, 2, "bf16", "weights"),
+    "small vocabulary, weights": (FEW_WORDS, 16, "bf16", "weights"),
     "transformer, two layers": (WIDE, 4, "bf16", False),
     "transformer, two layers, recomputed": (WIDE, 4, "fp32", True),
     "small vocabulary, recomputed": (FEW_WORDS, 16, "fp32", True),
@@ -105,13 +108,15 @@ LARGE = {
 
 @pytest.mark.parametrize(("config", "rows", "precision", "recomputed"), LARGE.values(), ids=LARGE)
 def test_memory_is_the_peak_of_a_training_step(
-    config: PreTrainedConfig, rows: int, precision: str, recomputed: bool
+    config: PreTrainedConfig, rows: int, precision: str, recomputed: bool | str
 ) -> None:
     """At real sizes, with tensors that take no memory: torch's own tracker counts what would be alive."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # which would write to them
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config).train()
-        if recomputed:
+        if recomputed == "weights":
+            model.set_recompute()
+        elif recomputed:
             # transformers 5.21 renamed the method.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
@@ -134,11 +139,12 @@ def test_memory_is_the_peak_of_a_training_step(
         rows=rows,
         sequence_length=config.max_position_embeddings,
         precision=precision,
-        gradient_checkpointing=recomputed,
+        gradient_checkpointing=recomputed is True,
+        recompute=recomputed == "weights",
     )
     assert memory.moments == 2 * memory.gradients == 8 * total
     # Where blocks are recomputed, the peak lies inside of one, among short-lived gradients that are not estimated.
-    assert memory.total == pytest.approx(peak, rel=0.15 if recomputed else 0.02)
+    assert memory.total == pytest.approx(peak, rel=0.15 if recomputed is True else 0.02)
 
 
 def test_no_estimate_for_other_kinds_of_model() -> None:

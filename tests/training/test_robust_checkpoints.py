@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +226,34 @@ def test_the_minutes_count_from_the_checkpoint_before(monkeypatch: pytest.Monkey
             saved.append(second)
             callback.on_save(None, state, control)
     assert saved == [150, 200, 350, 500]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows syncs no folders")
+def test_a_run_is_complete_once_its_model_is_on_the_disk(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe()
+    run = Path(recipe.out)
+    synced: set[int] = set()
+    before: list[set[int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        if Path(target).name == "summary.json":
+            before.append(set(synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_sync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    train(recipe, progress=False)
+    files = {path.name: path.stat().st_ino for path in run.iterdir() if path.is_file()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "summary.json"} <= set(files)
+    (on_the_disk,) = before
+    assert {*files.values(), run.stat().st_ino} <= on_the_disk
 
 
 def test_what_concerns_checkpoints_alone_may_change_in_a_run(killed: Path, recipe_in: MakeRecipe) -> None:

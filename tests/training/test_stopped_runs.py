@@ -149,6 +149,9 @@ def test_a_signal_saves_and_stops(number: signal.Signals, make_recipe: MakeRecip
     checkpoint = whole_checkpoints(Path(recipe.out))[-1]
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert f"stopped at step {state['global_step']} of 100000" in errors.splitlines()[-1]
+    last = read_metrics(metrics)[-1]
+    assert last["step"] == state["global_step"]
+    assert last["loss"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

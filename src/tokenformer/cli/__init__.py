@@ -84,6 +84,7 @@ def _fail(message: str, where: str, code: int = 2, *, everywhere: bool = False) 
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     if rank != "0" and not everywhere:
         return code
+    where = where if rank == "0" else f"{where} (process {rank})"
     kind = "error: " if code == 2 else ""
     sys.stderr.write(f"{where}: {kind}{' '.join(message.split())}\n")
     return code

@@ -67,6 +67,7 @@ def training_memory(
     sequence_length: int,
     precision: str,
     gradient_checkpointing: bool = False,
+    recompute: bool = False,
 ) -> Memory:
     """Memory to train a TokenFormer or GPTNeoX on micro-batches of `rows`.
 
@@ -78,10 +79,15 @@ def training_memory(
         sequence_length: tokens of a sequence.
         precision: fp32, bf16 or fp16.
         gradient_checkpointing: blocks are recomputed in the backward pass.
+        recompute: and so are the weights over parameter tokens, from their scores.
     """
-    # All weights of products, the output embedding among them, are kept in half precision for the backward pass.
-    cast = 0 if precision == "fp32" else 2 * (non_embedding_parameters + config.vocab_size * config.hidden_size)
-    per_token = activation_bytes_per_token(config, precision, gradient_checkpointing=gradient_checkpointing)
+    # All weights of products, the output embedding among them, are kept in half precision for the backward pass; but
+    # with `recompute` the values, half of what is in tokens, are made into it again.
+    copied = non_embedding_parameters // 2 if recompute else non_embedding_parameters
+    cast = 0 if precision == "fp32" else 2 * (copied + config.vocab_size * config.hidden_size)
+    per_token = activation_bytes_per_token(
+        config, precision, gradient_checkpointing=gradient_checkpointing, recompute=recompute
+    )
     return Memory(
         weights=_FLOAT32 * parameters + cast,
         gradients=_FLOAT32 * parameters,
@@ -119,7 +125,7 @@ def image_training_memory(
 
 
 def activation_bytes_per_token(
-    config: PreTrainedConfig, precision: str, *, gradient_checkpointing: bool = False
+    config: PreTrainedConfig, precision: str, *, gradient_checkpointing: bool = False, recompute: bool = False
 ) -> int:
     """Bytes that the forward pass keeps for the backward pass, and that this begins with, per token of input.
 
@@ -130,6 +136,7 @@ def activation_bytes_per_token(
       for query, key and value, one for the output, one for the ffn, but in half precision a copy for every Pattention
       and segment; query, key, value and result of the token-token attention (4 D h); and for each parameter token the
       score and the weight in h bytes, and the score times tau over the norm in float32: N (2 h + 4).
+      With `recompute`, the score alone: N h.
     - A GPTNeoX block with F units keeps the input of both norms (4 D), their outputs, the packed query, key and value,
       query and key after rotation, and the result of attention twice (9 D h), and its units before and after the
       activation (2 F h).
@@ -141,7 +148,7 @@ def activation_bytes_per_token(
         ValueError: a model of another kind.
     """
     d, h = config.hidden_size, _bytes_in_products(precision)
-    block = _block_bytes_per_token(config, precision)
+    block = _block_bytes_per_token(config, precision, recompute)
     head = (_FLOAT32 + h) * d + 3 * _FLOAT32 * config.vocab_size
     if gradient_checkpointing:
         return config.num_hidden_layers * _FLOAT32 * d + max(block, head)
@@ -189,12 +196,12 @@ def _bytes_in_products(precision: str) -> int:
     return _FLOAT32 if precision == "fp32" else 2
 
 
-def _block_bytes_per_token(config: PreTrainedConfig, precision: str) -> int:
+def _block_bytes_per_token(config: PreTrainedConfig, precision: str, recompute: bool = False) -> int:
     d, h = config.hidden_size, _bytes_in_products(precision)
     if isinstance(config, SegmentedConfig):
         tokens = 3 * config.num_tokens("qkv") + config.num_tokens("output") + config.num_tokens("ffn")
         inputs = 3 if precision == "fp32" else 5 * len(config.segments)
-        return 2 * _FLOAT32 * d + (inputs + 4) * d * h + tokens * (2 * h + _FLOAT32)
+        return 2 * _FLOAT32 * d + (inputs + 4) * d * h + tokens * (h if recompute else 2 * h + _FLOAT32)
     if isinstance(config, GPTNeoXConfig):
         return _FLOAT32 * d + 9 * d * h + 2 * config.intermediate_size * h
     if isinstance(config, ViTConfig):

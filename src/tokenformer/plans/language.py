@@ -223,6 +223,7 @@ class LanguagePlans(PlanTask[Plan]):
             sequence_length=resolved.counts.row_tokens,
             precision=precision,
             gradient_checkpointing=resolved.training.gradient_checkpointing,
+            recompute=resolved.training.recompute,
         )
 
     def measured_rate(self, resolved: ResolvedStage, precision: str) -> float:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from tokenformer.errors import UserError
-from tokenformer.folders import CHECKPOINTS, saving, step_of, whole_checkpoints
+from tokenformer.folders import CHECKPOINTS, saving, step_of, sync, sync_tree, whole_checkpoints
 
 MANIFEST_FILE = "manifest.json"
 _DAMAGED = ".damaged"
@@ -21,16 +21,13 @@ _BLOCK = 2**20
 
 def write_manifest(checkpoint: Path) -> None:
     """Note size and SHA-256 of every file in `checkpoint`, and see all of it onto the disk."""
-    paths = sorted(checkpoint.rglob("*"))
     files = {}
-    for path in paths:
+    for path in sorted(checkpoint.rglob("*")):
         if path.is_file():
             files[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = checkpoint / MANIFEST_FILE
     manifest.write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
-    # After a power cut the name of a folder can be there and what it holds not, unless that was synced before.
-    for path in (*paths, manifest, checkpoint):
-        _sync(path)
+    sync_tree(checkpoint)
 
 
 def find_fault(checkpoint: Path) -> str | None:
@@ -104,7 +101,7 @@ def publish(partial: Path, run: Path, keep: int, milestone_every: int = 0) -> Pa
     write_manifest(partial)
     target = run / CHECKPOINTS / partial.name
     os.replace(partial, target)
-    _sync(target.parent)
+    sync(target.parent)
     # Renamed first: a kill in the middle of the removal must not leave a checkpoint with files missing.
     for old in whole_checkpoints(run)[:-keep]:
         if not milestone_every or step_of(old) % milestone_every:
@@ -128,13 +125,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

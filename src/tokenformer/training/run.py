@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tokenformer.elastic.sizes import prefix
 from tokenformer.errors import UserError
-from tokenformer.folders import CHECKPOINTS, PARTIAL, saving, step_of, whole_checkpoints, write_atomically
+from tokenformer.folders import CHECKPOINTS, PARTIAL, saving, step_of, sync, whole_checkpoints, write_atomically
 from tokenformer.hardware import (
     autocast_dtype,
     peak_flops,
@@ -180,7 +180,9 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
             eval_dataset=task.held_out_rows,
             callbacks=[
                 MoreCheckpoints(recipe.training.save_minutes, recipe.training.milestone_every),
-                *([metrics, stop] if ranks is None else [stop, SameOnAllRanks(ranks), *([metrics] if main else [])]),
+                stop,
+                *([] if ranks is None else [SameOnAllRanks(ranks)]),
+                *([metrics] if main else []),
                 *([_tensorboard(run, resumed)] if main else []),
                 *([ProgressBar(title, task.unit, task.per_step[task.unit])] if progress else []),
                 *anneal,
@@ -209,6 +211,9 @@ def _train(recipe: Recipe | ImageRecipe, progress: bool, title: str) -> dict[str
 
     with saving(run):
         task.save(run, trainer)
+        if main:
+            for path in (*filter(Path.is_file, run.iterdir()), run):  # the summary says that they are there
+                sync(path)
     if not main:
         return cast(dict[str, Any], cast(Ranks, ranks).from_main(None))
     last = read_metrics(run / METRICS_FILE)[-1]
