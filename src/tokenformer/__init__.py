@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenformer import nn, ops
+    from tokenformer import interpret, nn, ops
     from tokenformer.errors import UserError
     from tokenformer.growth import grow
     from tokenformer.models import (
@@ -28,6 +28,7 @@ _LAZY = {
     "ops": "tokenformer.ops",
     "UserError": "tokenformer.errors",
     "grow": "tokenformer.growth",
+    "interpret": "tokenformer.interpret",
     "TokenFormerConfig": "tokenformer.models",
     "TokenFormerForCausalLM": "tokenformer.models",
     "TokenFormerForImageClassification": "tokenformer.models",
@@ -51,6 +52,7 @@ __all__ = [
     "UserError",
     "__version__",
     "grow",
+    "interpret",
     "nn",
     "ops",
     "replace_linear",
@@ -61,7 +63,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    return module if name in ("nn", "ops") else getattr(module, name)
+    return module if name in ("interpret", "nn", "ops") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from saved_model import save_model
 from tokenformer.cli import main
-from tokenformer.serving.server import _listen
+from tokenformer.serving.server import listen
 
 
 def refused(capsys, *argv):
@@ -54,7 +54,7 @@ def test_bad_options(capsys, folder, argv, words):
 
 
 def test_port_of_a_server_that_is_still_loading(capsys, folder):
-    with _listen("127.0.0.1", 0) as loading:
+    with listen("127.0.0.1", 0) as loading:
         assert "cannot listen on" in refused(capsys, folder, "--port", loading.getsockname()[1])
 
 

@@ -33,6 +33,7 @@ _LABELS = {
     "plain": "nothing captured",
     "capture_top": "the strongest weights captured",
     "capture_weights": "all weights captured",
+    "index": "read into an index",
     "capture_outputs": "outputs of segments captured",
     "loader": "the loader",
     "numpy": "NumPy from a flat file",

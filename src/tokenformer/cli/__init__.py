@@ -27,6 +27,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "export-hub": ("tokenformer.cli.export_hub", "write a folder for the Hub that loads without this package"),
     "export-onnx": ("tokenformer.cli.export_onnx", "write an ONNX graph with a cache, checked against torch"),
     "eval": ("tokenformer.cli.eval", "perplexity on text, the tasks of lm-eval, accuracy on images"),
+    "explain": ("tokenformer.cli.explain", "what a text uses of a model, what its tokens hold, what growing changed"),
+    "explore": ("tokenformer.cli.explore", "look into a model in a browser: any text, any token, any change"),
     "info": ("tokenformer.cli.info", "segments, parameters, FLOPs and bytes of a model"),
     "bench": (
         "tokenformer.cli.bench",

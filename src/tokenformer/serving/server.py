@@ -49,7 +49,7 @@ def serve(
     if adapters and continuous_batching:
         raise UserError("requests in one batch cannot have different adapters: leave out continuous_batching")
     # First of all, because it fails at once, and loading takes long.
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         from tokenformer.hardware import set_threads
 
         set_threads(threads)
@@ -66,7 +66,7 @@ def serve(
             sys.stderr.write(f"{model} has no chat template: a chat becomes lines with 'User:' and 'Assistant:'\n")
         engine = (Batched if continuous_batching else OneByOne)(loaded, tokenizer)
         try:
-            _run(build_app(model, loaded, tokenizer, engine), listener, f"serving {model} at", grace)
+            run_app(build_app(model, loaded, tokenizer, engine), listener, f"serving {model} at", "/v1", grace)
         finally:
             engine.stop()  # again, in case the server was told twice to stop and did not get there
 
@@ -82,7 +82,16 @@ def _load_adapter(model: Any, given: str, served: str) -> None:
         raise UserError(f"adapter '{found}' is called like the model: give it another name, as NAME={given}")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Args:
+        host: address of this machine.
+        port: 0 for a free one.
+
+    Raises:
+        UserError: no such address, no such port, or one that is taken.
+    """
     if not 0 <= port < 2**16:
         raise UserError(f"port must be between 0 and 65535, got {port}")
     try:
@@ -102,15 +111,23 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _run(app: Any, listener: socket.socket, ready: str, grace: int) -> None:
-    """Serve until told to stop."""
+def run_app(app: Any, listener: socket.socket, ready: str, path: str, grace: int) -> None:
+    """Serve until told to stop.
+
+    Args:
+        app: the application.
+        listener: of `listen`.
+        ready: said in front of the address once requests are answered.
+        path: at the end of the address.
+        grace: seconds for requests in work once the server is told to stop.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             host, port = listener.getsockname()[:2]
-            sys.stdout.write(f"{ready} http://{f'[{host}]' if ':' in host else host}:{port}/v1\n")
+            sys.stdout.write(f"{ready} http://{f'[{host}]' if ':' in host else host}:{port}{path}\n")
             sys.stdout.flush()
 
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace))

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "long-context": "training steps over sequence length: a grown TokenFormer against a wider GPTNeoX",
     "data": "the loader of packed rows against NumPy, and against the training step that it feeds",
     "images": "reading and cropping images by number of workers, against the training step of a classifier",
+    "interpret": "a forward pass that is captured, or read into an index, against the plain one",
     "checkpoint": "saving and loading of models and training checkpoints against as many bytes in one file",
     "startup": "how long commands and imports take to start, against a bare interpreter",
 }
@@ -46,6 +47,8 @@ EXAMPLE = """\
   tokenformer bench data --threads 2 --json benchmarks/results/
   tokenformer bench images --quick
   tokenformer bench images --train cifar10/train.parquet --crop pad --model runs/cifar10
+  tokenformer bench interpret --quick
+  tokenformer bench interpret --threads 2 --json benchmarks/results/
   tokenformer bench checkpoint --quick
   tokenformer bench checkpoint --folder runs --json benchmarks/results/
   tokenformer bench startup --quick

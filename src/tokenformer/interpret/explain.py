@@ -1,0 +1,385 @@
+"""What a text uses of a model, as one JSON object: what the page shows, and what Python reads.
+
+One forward pass with gradients gives weights, segment shares and both contributions; a second one, with a row for each
+token that is switched off, what happens without it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tokenformer.errors import UserError
+from tokenformer.interpret.addresses import TokenAddress, pattention_layers, segment_sizes
+from tokenformer.interpret.attribution import LayerTrace, Trace, shares_of, trace
+from tokenformer.interpret.intervention import Change, intervene, measured_ablation
+from tokenformer.interpret.lens import READING, WRITING, nearest_by, promoted_by
+from tokenformer.interpret.text import piece, predictions, text_ids, token_losses
+from tokenformer.models.loading import num_entries
+from tokenformer.models.modeling_tokenformer import TokenFormerForCausalLM
+from tokenformer.tuning.adapters import kind_of
+
+if TYPE_CHECKING:
+    from tokenformer.interpret.index import Index
+
+FORMAT = 1
+# Tokens in the list at the focus.
+_ATTRIBUTED = 200
+# Tokens whose card is written: beyond, a long text and a large model would make a file of hundreds of megabytes.
+_CARDS = 3000
+_LISTED = 10
+
+NOTES = [
+    "Strongest means the largest |weight| times length of the value: what a token adds to its layer's output. Later "
+    "layers may undo it.",
+    "Direct contributions add up to the logit exactly, with the embedding and a bias; they hold the final norm at what "
+    "it was and count no effect through later layers.",
+    "Gradient contributions count all later layers, to first order: minus them is an estimate of the measured change, "
+    "and a poor one where a token is large.",
+    "Measured: the logit with the token switched off at all positions, minus the logit with it. Tokens taken off "
+    "together need not do the sum of what they do alone. Without a token the others share the norm and speak louder.",
+    "Shares of segments add up to 1 and can be negative: of a segment that speaks against the rest.",
+    "Promoted tokens are those of a positive weight; later layers and the final norm's division are left out.",
+    "Nearest inputs are exact for the query, key and value layers of the first block, and a guess for deeper keys.",
+]
+
+
+def explain_text(
+    model: TokenFormerForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    *,
+    position: int | None = None,
+    target: str | None = None,
+    num_tokens: int = 8,
+    ablations: int = 12,
+    index: "Index | None" = None,
+    changes: Iterable[Change] = (),
+) -> dict[str, Any]:
+    """The parameter tokens that a text uses, and what each does to the prediction behind one of its positions.
+
+    Args:
+        model: a language model, in evaluation mode.
+        tokenizer: of the model.
+        text: to read.
+        position: of the token behind which the prediction is explained, from 0; the last one if not given.
+        target: the next token whose logit is explained: text that the tokenizer makes one token of; the likeliest one
+            if not given.
+        num_tokens: parameter tokens listed for each position and layer.
+        ablations: tokens of the greatest gradient contribution to switch off, one at a time.
+        index: of a corpus, for statistics and contexts.
+        changes: to make; what the model predicts with them is given beside what it predicts without.
+
+    Returns:
+        The explanation: lists, dictionaries, strings and finite numbers only.
+
+    Raises:
+        UserError: an empty or overlong text, a position outside of it, a target that is not one token, a count that
+            cannot be, or what `intervene` refuses.
+    """
+    if num_tokens < 1:
+        raise UserError(f"num_tokens must be at least 1, got {num_tokens}")
+    if ablations < 0:
+        raise UserError(f"ablations must be at least 0, got {ablations}")
+    if not isinstance(model, TokenFormerForCausalLM):
+        pattention_layers(model)
+        raise UserError(f"{type(model).__name__} is no TokenFormer language model: a text cannot be explained with it")
+    ids = text_ids(model, tokenizer, text)
+    focus = _focus(position, ids.shape[1])
+    found = trace(model, ids)
+    logits = found.logits.detach()
+    if not bool(logits.isfinite().all()):
+        raise UserError(
+            "the model gives logits that are not finite: its weights are damaged, or its dtype is too narrow"
+        )
+    targets = logits[0].argmax(-1)
+    targets[focus] = _target(tokenizer, target, targets[focus].item())
+    attribution, layers = _attribution(found, focus, int(targets[focus]))
+    with torch.no_grad():
+        off, effects = _ablations(model, tokenizer, ids, attribution[:ablations], logits, focus, int(targets[focus]))
+        for entry in attribution:
+            entry["measured"] = effects.get(entry["address"])
+        positions = _positions(found, tokenizer, targets, num_tokens)
+        altered = _changed(model, tokenizer, ids, list(changes), focus)
+        shown = _shown(attribution, positions, focus)
+        cards = token_cards(model, tokenizer, [_address(text) for text in shown[:_CARDS]], index=index)
+    losses = token_losses(logits, ids)
+    notes = list(NOTES)
+    if len(shown) > _CARDS:
+        notes.append(f"Of the {len(shown)} tokens listed, the {_CARDS} most important have a card.")
+    return {
+        "format": FORMAT,
+        "kind": "language",
+        "live": False,
+        "model": describe_model(model),
+        "text": {
+            "pieces": [piece(tokenizer, token_id) for token_id in ids[0].tolist()],
+            "ids": ids[0].tolist(),
+            "loss": [None, *map(_short, losses.tolist())],
+        },
+        "position": focus,
+        "target": _target_of(tokenizer, logits[0, focus], int(targets[focus])),
+        "positions": positions,
+        "attribution": attribution,
+        "layers": layers,
+        "ablations": off,
+        "loss": _mean(losses),
+        "changes": altered,
+        "tokens": cards,
+        "notes": notes,
+    }
+
+
+def token_cards(
+    model: TokenFormerForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Sequence[TokenAddress],
+    *,
+    index: "Index | None" = None,
+) -> dict[str, dict[str, Any]]:
+    """What is known of each of `tokens`, by address: what its value promotes, what its key is near to, its use.
+
+    Args:
+        model: a language model.
+        tokenizer: of the model.
+        tokens: with whole addresses.
+        index: of a corpus, for statistics, state and contexts, which are None and empty without one.
+
+    Raises:
+        UserError: an unknown token, or one that takes no part.
+    """
+    layers, num_ids = pattention_layers(model), num_entries(tokenizer)
+    cards: dict[str, dict[str, Any]] = {}
+    for token in tokens:
+        kind = kind_of(layers[token.layer])
+        cards[str(token)] = {
+            "address": str(token),
+            "layer": token.layer,
+            "kind": kind,
+            "segment": token.segment,
+            "index": token.index,
+            "promotes": None,
+            "suppresses": None,
+            "nearest": None,
+            **_use(index, token),
+        }
+    pieces: dict[int, str] = {}
+
+    def in_words(pairs: list[tuple[int, float]]) -> list[list[Any]]:
+        for token_id, _ in pairs:
+            if token_id not in pieces:
+                pieces[token_id] = piece(tokenizer, token_id)
+        return [[pieces[token_id], _short(value)] for token_id, value in pairs]
+
+    writing = [token for token in tokens if cards[str(token)]["kind"] in WRITING]
+    for token, (up, down) in zip(writing, promoted_by(model, writing, _LISTED, num_ids), strict=True):
+        cards[str(token)] |= {"promotes": in_words(up), "suppresses": in_words(down)}
+    reading = [token for token in tokens if cards[str(token)]["kind"] in READING]
+    for token, near in zip(reading, nearest_by(model, reading, _LISTED, num_ids), strict=True):
+        cards[str(token)]["nearest"] = in_words(near)
+    return cards
+
+
+def _use(index: "Index | None", token: TokenAddress) -> dict[str, Any]:
+    if index is None:
+        return {"statistics": None, "state": None, "contexts": []}
+    statistics: Any = index.statistics(token.layer, token.segment)
+    names = ("mean", "rms", "max", "active")
+    shown = ("before", "token", "after", "weight")
+    dead, always = index.dead(token.layer, token.segment), index.always_on(token.layer, token.segment)
+    return {
+        "statistics": {name: _short(float(statistics[name][token.index])) for name in names},
+        "state": "dead" if token.index in dead else "always on" if token.index in always else None,
+        "contexts": [{name: context[name] for name in shown} for context in index.contexts(token)],
+    }
+
+
+def _focus(position: int | None, length: int) -> int:
+    place = length - 1 if position is None else position + length if position < 0 else position
+    if not 0 <= place < length:
+        raise UserError(f"position {position} is outside of the text: it has the tokens 0 to {length - 1}")
+    return place
+
+
+def _target(tokenizer: PreTrainedTokenizerFast, target: str | None, likeliest: float) -> int:
+    if target is None:
+        return int(likeliest)
+    ids = tokenizer(target, add_special_tokens=False)["input_ids"] if target else []
+    if len(ids) != 1:
+        raise UserError(f"the target '{target}' is {len(ids)} tokens: give text that is one, such as ' the'")
+    return int(ids[0])
+
+
+def _target_of(tokenizer: PreTrainedTokenizerFast, logits: torch.Tensor, target_id: int) -> dict[str, Any]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return {
+        "id": target_id,
+        "piece": piece(tokenizer, target_id),
+        "probability": torch.softmax(wide, -1)[target_id].item(),
+        "logit": wide[target_id].item(),
+    }
+
+
+def _attribution(found: Trace, focus: int, target_id: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What the strongest tokens contribute to the target's logit, and what each layer does in all."""
+    gradient = found.gradient(found.logits[0, focus, target_id])
+    direct = found.direct(focus, target_id).tokens
+    entries = [
+        (name, segment, contributions[0])
+        for name, parts in gradient.items()
+        for segment, contributions in parts.items()
+    ]
+    order = torch.cat([contributions for _, _, contributions in entries]).abs().argsort(descending=True)
+    places = [(name, segment, i) for name, segment, c in entries for i in range(len(c))]
+    listed = []
+    for name, segment, i in (places[place] for place in order[:_ATTRIBUTED].tolist()):
+        listed.append(
+            {
+                "address": str(TokenAddress(name, segment, i)),
+                "weight": _short(found.layers[name].weights[segment][0, focus, i].item()),
+                "gradient": _short(gradient[name][segment][0, i].item()),
+                "direct": _short(direct[name][segment][i].item()) if name in direct else None,
+            }
+        )
+    # Not one sum: that of a value layer is zero, as what follows it does not depend on the length of its output.
+    whole = {name: torch.cat([c[0] for c in parts.values()]) for name, parts in gradient.items()}
+    layers = [
+        {"name": name, "raises": _short(c.clamp(min=0).sum().item()), "lowers": _short(c.clamp(max=0).sum().item())}
+        for name, c in whole.items()
+    ]
+    return listed, layers
+
+
+def _ablations(
+    model: TokenFormerForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: torch.Tensor,
+    entries: Sequence[dict[str, Any]],
+    logits: torch.Tensor,
+    focus: int,
+    target_id: int,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the model predicts without each token, and the change of the target's logit, by address."""
+    if not entries:
+        return {}, {}
+    addresses = [entry["address"] for entry in entries]
+    without = measured_ablation(model, ids, addresses)
+    effects = (without[:, focus, target_id] - logits[0, focus, target_id]).tolist()
+    shown = {
+        address: {
+            "loss": _mean(token_losses(row[None], ids)),
+            "positions": [{"predictions": predictions(tokenizer, place, _LISTED)} for place in row],
+        }
+        for address, row in zip(addresses, without, strict=True)
+    }
+    return shown, {address: _short(effect) for address, effect in zip(addresses, effects, strict=True)}
+
+
+def _positions(
+    found: Trace, tokenizer: PreTrainedTokenizerFast, targets: torch.Tensor, num_tokens: int
+) -> list[dict[str, Any]]:
+    # Of each position the contributions are to the logit of its own target.
+    directions = found.readout.centred(found.readout.head[targets]) / found.sigma[0]
+    layers = [_layer(name, layer, directions, num_tokens) for name, layer in found.layers.items()]
+    return [
+        {
+            "predictions": predictions(tokenizer, logits, _LISTED),
+            "layers": [layer[place] for layer in layers],
+        }
+        for place, logits in enumerate(found.logits[0].detach())
+    ]
+
+
+def _layer(name: str, layer: LayerTrace, directions: torch.Tensor, num_tokens: int) -> list[dict[str, Any]]:
+    """Of each position, the shares of the segments and the strongest tokens."""
+    weights = torch.cat([w[0] for w in layer.weights.values()], dim=-1)
+    values = torch.cat(list(layer.values.values()))
+    addresses = [TokenAddress(name, segment, i) for segment, v in layer.values.items() for i in range(len(v))]
+    strongest = (weights.abs() * values.norm(dim=-1)).topk(min(num_tokens, len(values))).indices
+    chosen = weights.gather(-1, strongest)
+    direct = None
+    if layer.kind in WRITING:
+        direct = (chosen * torch.einsum("tkd,td->tk", values[strongest], directions)).tolist()
+    shares = shares_of({segment: w[0] @ layer.values[segment] for segment, w in layer.weights.items()})
+    spread = {segment: share.tolist() for segment, share in shares.items()}
+    return [
+        {
+            "shares": {segment: _short(share[t]) for segment, share in spread.items()},
+            "tokens": [
+                {
+                    "address": str(addresses[i]),
+                    "weight": _short(weight),
+                    "direct": None if direct is None else _short(direct[t][rank]),
+                }
+                for rank, (i, weight) in enumerate(zip(indices, row, strict=True))
+            ],
+        }
+        for t, (indices, row) in enumerate(zip(strongest.tolist(), chosen.tolist(), strict=True))
+    ]
+
+
+def _changed(
+    model: TokenFormerForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: torch.Tensor,
+    changes: list[Change],
+    focus: int,
+) -> dict[str, Any] | None:
+    if not changes:
+        return None
+    with intervene(model, changes):
+        logits = model(ids, use_cache=False).logits
+    return {
+        "changes": [str(change) for change in changes],
+        "predictions": predictions(tokenizer, logits[0, focus], _LISTED),
+        "loss": _mean(token_losses(logits, ids)),
+    }
+
+
+def _shown(attribution: list[dict[str, Any]], positions: list[dict[str, Any]], focus: int) -> list[str]:
+    """All addresses in the payload, the most important first: those of the list, of the focus, then by rank."""
+    found = dict.fromkeys(entry["address"] for entry in attribution)
+    found |= dict.fromkeys(t["address"] for layer in positions[focus]["layers"] for t in layer["tokens"])
+    ranked = [
+        (rank, token["address"])
+        for place in positions
+        for layer in place["layers"]
+        for rank, token in enumerate(layer["tokens"])
+    ]
+    found |= dict.fromkeys(address for _, address in sorted(ranked, key=lambda pair: pair[0]))
+    return list(found)
+
+
+def _address(text: str) -> TokenAddress:
+    # Not find_token, which looks through the whole model: these addresses are our own, and many.
+    layer, segment, place = text.rsplit("/", 2)
+    return TokenAddress(layer, segment, int(place))
+
+
+def describe_model(model: TokenFormerForCausalLM) -> dict[str, Any]:
+    """Name, parameters, layers and segments of a model, as the page shows them."""
+    layers = []
+    for name, layer in pattention_layers(model).items():
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        sizes = segment_sizes(model, name)
+        layers.append(
+            {
+                "name": name,
+                "kind": kind_of(layer),
+                "block": numbers[0] if numbers else 0,
+                "segments": [{"name": segment, "num_tokens": size} for segment, size in sizes.items()],
+            }
+        )
+    name = str(model.config.name_or_path).rstrip("/").rpartition("/")[2]
+    return {"name": name or type(model).__name__, "parameters": model.num_parameters(), "layers": layers}
+
+
+def _mean(losses: torch.Tensor) -> float | None:
+    """None of a text of one token, in which nothing is predicted."""
+    return losses.mean().item() if len(losses) else None
+
+
+def _short(number: float) -> float:
+    """Five digits: a page shows fewer, and the file is half as large."""
+    return float(f"{number:.5g}")

@@ -1,0 +1,66 @@
+"""Text for a model that is looked into, and what it predicts, in words."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tokenformer.errors import UserError
+
+_REPLACEMENT = "\ufffd"
+
+
+@cache
+def _bytes_by_character() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def piece(tokenizer: PreTrainedTokenizerFast, token_id: int) -> str:
+    r"""The text of one token of the vocabulary; bytes that are no whole character as `\xe6\x97`.
+
+    An id that only the embedding has, as padding, is `<id 317>`.
+    """
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if token is None:
+        return f"<id {token_id}>"
+    text = str(tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    known = _bytes_by_character()
+    if _REPLACEMENT in text and all(character in known for character in token):
+        return "".join(f"\\x{known[character]:02x}" for character in token)
+    return text
+
+
+def text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
+    """Token ids (1, T) of a text, on the device of the model.
+
+    Raises:
+        UserError: an empty text, or more tokens than the model takes.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if not ids:
+        raise UserError("the text is empty: give at least one character")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and len(ids) > longest:
+        raise UserError(f"the text has {len(ids)} tokens, and the model takes {longest}: give a shorter text")
+    return torch.tensor([ids], device=model.device)
+
+
+def predictions(tokenizer: PreTrainedTokenizerFast, logits: torch.Tensor, count: int = 10) -> list[dict[str, Any]]:
+    """The likeliest next tokens, by the logits (V,) of a position: `id`, `piece` and `probability` of each."""
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    likeliest = torch.softmax(wide, -1).topk(min(count, len(wide)))
+    return [
+        {"id": token_id, "piece": piece(tokenizer, token_id), "probability": probability}
+        for probability, token_id in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+    ]
+
+
+def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Nats (T - 1,) of each token of a row (1, T) but the first, given those before it, by logits (1, T, V)."""
+    wide = logits[0, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, ids[0, 1:], reduction="none")

@@ -1,0 +1,10 @@
+"use strict";
+// Last of all scripts: show the payload by its kind.
+
+{
+  const payload = JSON.parse(document.getElementById("payload").textContent);
+  const kinds = { language: startLanguage, lineage: typeof startLineage === "undefined" ? null : startLineage, vision: typeof startVision === "undefined" ? null : startVision };
+  const start = kinds[payload.kind];
+  if (payload.format !== 1 || !start) throw new Error(`this page cannot show a payload of kind ${payload.kind}, format ${payload.format}`);
+  start(payload);
+}
