@@ -5,6 +5,7 @@ token that is switched off, what happens without it.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from tokenformer.interpret.index import Index
 
 FORMAT = 1
+# Of a longer text fewer tokens are listed at each position, so that files of long texts stay readable by a browser.
+_LISTED_TOKENS, _MANY_POSITIONS = 8, 128
+# Text tokens of a batch of ablations, whose logits over the vocabulary exist at once.
+_POSITIONS_AT_ONCE = 1024
 # Tokens in the list at the focus.
 _ATTRIBUTED = 200
 # Tokens whose card is written: beyond, a long text and a large model would make a file of hundreds of megabytes.
@@ -52,7 +57,7 @@ def explain_text(
     *,
     position: int | None = None,
     target: str | None = None,
-    num_tokens: int = 8,
+    num_tokens: int | None = None,
     ablations: int = 12,
     index: "Index | None" = None,
     changes: Iterable[Change] = (),
@@ -66,7 +71,8 @@ def explain_text(
         position: of the token behind which the prediction is explained, from 0; the last one if not given.
         target: the next token whose logit is explained: text that the tokenizer makes one token of; the likeliest one
             if not given.
-        num_tokens: parameter tokens listed for each position and layer.
+        num_tokens: parameter tokens listed for each position and layer; if not given, 8 of a text of up to 128 tokens,
+            and fewer of a longer one.
         ablations: tokens of the greatest gradient contribution to switch off, one at a time.
         index: of a corpus, for statistics and contexts.
         changes: to make; what the model predicts with them is given beside what it predicts without.
@@ -78,7 +84,7 @@ def explain_text(
         UserError: an empty or overlong text, a position outside of it, a target that is not one token, a count that
             cannot be, or what `intervene` refuses.
     """
-    if num_tokens < 1:
+    if num_tokens is not None and num_tokens < 1:
         raise UserError(f"num_tokens must be at least 1, got {num_tokens}")
     if ablations < 0:
         raise UserError(f"ablations must be at least 0, got {ablations}")
@@ -100,12 +106,15 @@ def explain_text(
         off, effects = _ablations(model, tokenizer, ids, attribution[:ablations], logits, focus, int(targets[focus]))
         for entry in attribution:
             entry["measured"] = effects.get(entry["address"])
-        positions = _positions(found, tokenizer, targets, num_tokens)
+        listed = num_tokens or max(1, min(_LISTED_TOKENS, _LISTED_TOKENS * _MANY_POSITIONS // ids.shape[1]))
+        positions = _positions(found, tokenizer, targets, listed)
         altered = _changed(model, tokenizer, ids, list(changes), focus)
         shown = _shown(attribution, positions, focus)
         cards = token_cards(model, tokenizer, [_address(text) for text in shown[:_CARDS]], index=index)
     losses = token_losses(logits, ids)
     notes = list(NOTES)
+    if num_tokens is None and listed < _LISTED_TOKENS:
+        notes.append(f"The text is long: {listed} of each layer's tokens are listed at each position.")
     if len(shown) > _CARDS:
         notes.append(f"Of the {len(shown)} tokens listed, the {_CARDS} most important have a card.")
     return {
@@ -151,6 +160,7 @@ def token_cards(
     """
     layers, num_ids = pattention_layers(model), num_entries(tokenizer)
     cards: dict[str, dict[str, Any]] = {}
+    use = partial(_use, index, {})
     for token in tokens:
         kind = kind_of(layers[token.layer])
         cards[str(token)] = {
@@ -162,7 +172,7 @@ def token_cards(
             "promotes": None,
             "suppresses": None,
             "nearest": None,
-            **_use(index, token),
+            **use(token),
         }
     pieces: dict[int, str] = {}
 
@@ -181,13 +191,19 @@ def token_cards(
     return cards
 
 
-def _use(index: "Index | None", token: TokenAddress) -> dict[str, Any]:
+# Of a segment: its statistics, and which of its tokens are dead and always on.
+_Segment = tuple[dict[str, torch.Tensor], set[int], set[int]]
+
+
+def _use(index: "Index | None", seen: dict[tuple[str, str], _Segment], token: TokenAddress) -> dict[str, Any]:
     if index is None:
         return {"statistics": None, "state": None, "contexts": []}
-    statistics: Any = index.statistics(token.layer, token.segment)
+    place = token.layer, token.segment
+    if place not in seen:
+        seen[place] = index.statistics(*place), set(index.dead(*place)), set(index.always_on(*place))
+    statistics, dead, always = seen[place]
     names = ("mean", "rms", "max", "active")
     shown = ("before", "token", "after", "weight")
-    dead, always = index.dead(token.layer, token.segment), index.always_on(token.layer, token.segment)
     return {
         "statistics": {name: _short(float(statistics[name][token.index])) for name in names},
         "state": "dead" if token.index in dead else "always on" if token.index in always else None,
@@ -263,17 +279,15 @@ def _ablations(
     """What the model predicts without each token, and the change of the target's logit, by address."""
     if not entries:
         return {}, {}
-    addresses = [entry["address"] for entry in entries]
-    without = measured_ablation(model, ids, addresses)
-    effects = (without[:, focus, target_id] - logits[0, focus, target_id]).tolist()
-    shown = {
-        address: {
-            "loss": _mean(token_losses(row[None], ids)),
-            "positions": [{"predictions": predictions(tokenizer, place, _LISTED)} for place in row],
-        }
-        for address, row in zip(addresses, without, strict=True)
-    }
-    return shown, {address: _short(effect) for address, effect in zip(addresses, effects, strict=True)}
+    shown, effects = {}, {}
+    at_once = max(1, _POSITIONS_AT_ONCE // ids.shape[1])
+    for start in range(0, len(entries), at_once):
+        addresses = [entry["address"] for entry in entries[start : start + at_once]]
+        for address, row in zip(addresses, measured_ablation(model, ids, addresses), strict=True):
+            places = [{"predictions": predictions(tokenizer, place, _LISTED)} for place in row]
+            shown[address] = {"loss": _mean(token_losses(row[None], ids)), "positions": places}
+            effects[address] = _short((row[focus, target_id] - logits[0, focus, target_id]).item())
+    return shown, effects
 
 
 def _positions(

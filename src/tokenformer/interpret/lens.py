@@ -25,6 +25,7 @@ from torch import nn
 
 from tokenformer.errors import UserError
 from tokenformer.interpret.addresses import TokenAddress, find_layer, find_token, pattention_layers, segment_modules
+from tokenformer.pattention import Pattention
 from tokenformer.tuning.adapters import kind_of
 
 # The kinds of layers whose outputs are added to the residual stream, and those whose inputs are normalised states.
@@ -89,7 +90,8 @@ def value_lens(model: nn.Module, layer: str, segment: str | None = None, *, sigm
     Raises:
         UserError: an unknown layer or segment, another kind of layer, another model.
     """
-    layer = _layer_of_kind(model, layer, WRITING, "value")
+    layer = find_layer(model, layer)
+    _check_kind(layer, pattention_layers(model)[layer], WRITING, "value")
     segments = segment_modules(model, layer)
     if segment is not None and segment not in segments:
         raise UserError(f"no segment '{segment}' in {layer}: it has {', '.join(segments)}")
@@ -119,7 +121,7 @@ def promoted_by(
 
     Args:
         model: a TokenFormer.
-        tokens: of `output` and `ffn` layers.
+        tokens: of `output` and `ffn` layers, with whole addresses.
         k: ids of each list.
         num_ids: look at the first so many rows of the head only: those that the tokenizer has a text for.
 
@@ -179,7 +181,7 @@ def _lens(readout: Readout, values: torch.Tensor, sigma: float | None) -> torch.
 
 def _tokens(model: nn.Module, layer: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of the tokens of a layer that take part, as it computes with them, by segment."""
-    found = pattention_layers(model)[layer]
+    found = cast(Pattention, model.get_submodule(layer))
     # The segments are modules that are called with an input; none of ours looks at it.
     like = next(found.parameters())
     x = torch.zeros(1, found.in_features, dtype=like.dtype, device=like.device)
@@ -188,27 +190,27 @@ def _tokens(model: nn.Module, layer: str) -> dict[str, tuple[torch.Tensor, torch
 
 def _gather(model: nn.Module, tokens: Sequence[TokenAddress], kinds: Sequence[str], part: str) -> torch.Tensor:
     """Keys or values (len(tokens), D) of tokens of several layers."""
-    layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+    layers = pattention_layers(model)
+    held: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
     rows = []
     for token in tokens:
-        if token.layer not in layers:
-            layers[_layer_of_kind(model, token.layer, kinds, part)] = _tokens(model, token.layer)
-        held = layers[token.layer][token.segment][1 if part == "value" else 0]
-        if token.index >= len(held):
-            raise UserError(f"{token} takes no part (limit {len(held)}): switch its segment on first")
-        rows.append(held[token.index])
+        if token.layer not in held:
+            _check_kind(token.layer, layers[token.layer], kinds, part)
+            held[token.layer] = _tokens(model, token.layer)
+        found = held[token.layer][token.segment][1 if part == "value" else 0]
+        if token.index >= len(found):
+            raise UserError(f"{token} takes no part (limit {len(found)}): switch its segment on first")
+        rows.append(found[token.index])
     if not rows:
         return torch.zeros(0, next(model.parameters()).shape[-1])
     return torch.stack(rows)
 
 
-def _layer_of_kind(model: nn.Module, name: str, kinds: Sequence[str], part: str) -> str:
-    layer = find_layer(model, name)
-    kind = kind_of(pattention_layers(model)[layer])
+def _check_kind(name: str, layer: Pattention, kinds: Sequence[str], part: str) -> None:
+    kind = kind_of(layer)
     if kind not in kinds:
         reason = "do not enter the residual stream" if part == "value" else "do not meet normalised states"
-        raise UserError(f"{layer} is of kind '{kind}', whose {part}s {reason}: give a layer of {' or '.join(kinds)}")
-    return layer
+        raise UserError(f"{name} is of kind '{kind}', whose {part}s {reason}: give a layer of {' or '.join(kinds)}")
 
 
 def _rows(indices: torch.Tensor, values: torch.Tensor) -> list[list[tuple[int, float]]]:
