@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
+from image_samples import random_image, write_class_folders
 from saved_model import LINES, save_model
+from tiny_vision import CLASSES, save_classifier
 from tokenformer.cli import main
 from tokenformer.interpret.explain import explain_text
 
@@ -22,6 +24,16 @@ def folder(tmp_path_factory):
     save_model(place / "model", grown=True)
     save_model(place / "other")
     (place / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
+    return place / "model"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    place = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    save_classifier(place / "model")
+    write_class_folders(place / "images", CLASSES, each=2)
+    random_image(7, (20, 16)).save(place / "cat.png")
     return place / "model"
 
 
@@ -75,6 +87,79 @@ def test_lineage(capsys, folder, tmp_path):
     page, corpus = tmp_path / "page.html", folder.parent / "corpus.txt"
     run(capsys, "explain", folder, "--before", folder, "--data", corpus, "--num-rows", 4, "--out", page)
     assert "Before and after" in page.read_text(encoding="utf-8")
+
+
+def test_lineage_in_short(capsys, folder):
+    corpus = folder.parent / "corpus.txt"
+    out = run(capsys, "explain", folder, "--before", folder, "--data", corpus, "--num-rows", 4)
+    assert "all tokens" in out
+    assert "contexts of highest weight an old token kept" in out
+
+
+def test_image(capsys, classifier, tmp_path):
+    from tokenformer.images import load_processor, open_image_set
+    from tokenformer.interpret.vision import explain_image
+    from tokenformer.models.loading import load_image_classifier
+
+    cat, images = classifier.parent / "cat.png", classifier.parent / "images"
+    file, page = tmp_path / "found.json", tmp_path / "page.html"
+    given = ["--image", cat, "--images", images, "--num-images", 5, "--target", "owl", "--change", f"off {TOKEN}"]
+    out = run(capsys, "explain", classifier, *given)
+    run(capsys, "explain", classifier, *given, "--json", file, "--out", page)
+    model = load_image_classifier(classifier)
+    expected = explain_image(
+        model,
+        load_processor(classifier),
+        cat,
+        target="owl",
+        images=open_image_set(str(images))[0],
+        num_images=5,
+        source=str(images),
+    )
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found.pop("changes")["changes"] == [f"off model.layers.{TOKEN}"]
+    assert expected.pop("changes") is None
+    assert found == expected
+    best = expected["predictions"][0]
+    assert f"The model takes cat.png for:\n  {best['probability']:6.1%}  {best['piece']!r}" in out
+    assert "What moves the logit of 'owl' most:" in out
+    assert f"With off model.layers.{TOKEN}:" in out
+    assert f"Images of {images} with the highest weights (5 read):" in out
+    assert "What an image uses" in page.read_text(encoding="utf-8")
+
+
+def test_image_by_its_number(capsys, classifier):
+    images = classifier.parent / "images"
+    assert f"The model takes image 3 of {images} for:" in run(
+        capsys, "explain", classifier, "--image", 3, "--images", images
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--text", "a"], "is an image classifier: give --image FILE"),
+        (["--image", "absent.png"], "'absent.png' does not exist"),
+        (["--image", "../cat.png", "--position", "1"], "--position does not belong to --image"),
+        (["--image", "../cat.png", "--text", "a"], "--text and --image were given"),
+        (["--image", "../cat.png", "--target", "zebra"], "the model has no class 'zebra'"),
+        (["--image", "../cat.png", "--images", "absent"], "absent"),
+        (["--image", "../cat.png", "--images", "../images", "--num-images", "0"], "num_images must be at least 1"),
+        (["--image", "10", "--images", "../images"], "--image 10: ../images has the images 0 to 9"),
+        (["--image", "../cat.png", "--change", "off 9.ffn/base/1"], "9.ffn"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_with_images(capsys, classifier, options, words, monkeypatch):
+    monkeypatch.chdir(classifier)
+    before = sorted(classifier.iterdir())
+    assert words in refused(capsys, "explain", classifier, *options)
+    assert sorted(classifier.iterdir()) == before
+
+
+def test_kinds_of_models_are_told_apart(capsys, folder, classifier):
+    assert "is no TokenFormer image classifier" in refused(capsys, "explain", folder, "--image", "cat.png")
+    assert "use tokenformer explain" in refused(capsys, "explore", classifier, "--port", 0)
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def test_ablations_in_a_batch_are_those_one_at_a_time(batch_size):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"input_ids": IDS}, r"input_ids must be one row \(1, T\), got shape \(2, 9\)"),
+        ({"input_ids": IDS}, r"inputs must be one row of token ids \(1, T\), got shape \(2, 9\)"),
         ({"tokens": []}, "no token to switch off"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"tokens": ["1.ffn/base/20"]}, "it has the tokens 0 to 19"),

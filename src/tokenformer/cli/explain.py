@@ -1,4 +1,4 @@
-"""`tokenformer explain`: what an input uses of a model, which contexts activate its tokens, what growing changed."""
+"""`tokenformer explain`: what a text or image uses of a model, what activates its tokens, what growing changed."""
 
 import shlex
 import sys
@@ -14,22 +14,26 @@ EXAMPLE = """\
   tokenformer explain runs/small --data data/books --index runs/small-index
   tokenformer explain runs/large --before runs/small --data data/books --out grown.html
   tokenformer explain runs/small --data data/books --faithfulness faithfulness.json
+  tokenformer explain runs/cifar10 --image cat.png --images data/cifar10 --out cat.html
 """
 
 # What each mode needs besides the option that names it, and what else it takes.
 _MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": ((), ("position", "target", "index", "change", "out", "json")),
+    "image": ((), ("target", "images", "num_images", "change", "out", "json")),
     "before": (("data",), ("num_rows", "contexts", "out", "json")),
     "faithfulness": (("data",), ("num_rows",)),
     "index": (("data",), ("num_tokens", "contexts")),
 }
-_CHOICE = "--text TEXT, --before MODEL with --data, --index IDX with --data, or --faithfulness FILE with --data"
+_CHOICE = (
+    "--text TEXT, --image FILE, --before MODEL with --data, --index IDX with --data, or --faithfulness FILE with --data"
+)
 
 
 def main(argv: list[str]) -> None:
     """Run `tokenformer explain`."""
     summary = (
-        "Look into a model: what a text uses of it, which contexts activate its parameter tokens, what growing changed."
+        "Look into a model: what a text or image uses of it, what activates its parameter tokens, what growing changed."
     )
     parser = Parser("explain", summary, EXAMPLE)
     add_signature(parser, explain, skip=("command",))
@@ -64,6 +68,7 @@ def explain(
     model: str,
     *,
     text: str | None = None,
+    image: str | None = None,
     position: int | None = None,
     target: str | None = None,
     change: list[str] | None = None,
@@ -74,6 +79,8 @@ def explain(
     contexts: int = 16,
     faithfulness: str | None = None,
     num_rows: int | None = None,
+    images: str | None = None,
+    num_images: int = 1000,
     out: str | None = None,
     json: str | None = None,
     dtype: str | None = None,
@@ -86,8 +93,10 @@ def explain(
     Args:
         model: folder of the model, or a name on the Hub.
         text: that the model reads: which of its parameter tokens it uses, and what each does to what comes next.
+        image: file that an image classifier looks at, or the number of one of --images: which of its parameter tokens
+            it uses, and where in the image.
         position: of the token of the text behind which the prediction is explained, from 0; the last one if not given.
-        target: the next token whose logit is explained, such as ' the'; the likeliest if not given.
+        target: the next token whose logit is explained, such as ' the', or the class; the likeliest if not given.
         change: changes to make, each 'off ADDRESS', 'scale ADDRESS FACTOR' or 'swap ADDRESS ADDRESS', in quotes.
         before: folder of the model before it was grown or trained on, to compare with.
         data: folder of `tokenformer data prepare`, or a text file.
@@ -95,6 +104,9 @@ def explain(
         num_tokens: of the corpus, read at most for the index.
         contexts: kept (--index) or compared (--before) of each parameter token.
         faithfulness: JSON file (and a picture beside it) for how far the attributions can be believed.
+        images: which of these activate each token that --image uses most: digits (of scikit-learn), a folder with a
+            folder for each class, a Parquet file or a dataset on the Hub.
+        num_images: of --images, read at most.
         num_rows: rows of held-out text, 64 for --faithfulness and 256 for --before if not given.
         out: HTML file for the page; if not given, a summary is printed.
         json: file for what was found, as JSON.
@@ -116,7 +128,10 @@ def explain(
     folder = model_folder(model)
     load: dict[str, Any] = {"dtype": dtype, "device": device}
     rows: dict[str, Any] = {} if num_rows is None else {"num_rows": num_rows}
-    if text is not None:
+    _check_kind(folder, image)
+    if image is not None:
+        payload = _of_image(folder, image, target, images, num_images, change, load)
+    elif text is not None:
         payload = _of_text(folder, load_tokenizer(folder), text, position, target, index, change, load)
     else:
         from tokenformer.models.loading import load_model
@@ -164,6 +179,54 @@ def _of_text(
     model = load_model(folder, **load)
     made = [parse_change(change, model) for change in changes or []]
     return explain_text(model, tokenizer, text, position=position, target=target, index=opened, changes=made)
+
+
+def _check_kind(folder: Path, image: str | None) -> None:
+    """Images are for image classifiers, and all else for language models."""
+    from tokenformer.models.loading import holds_image_classifier
+
+    if holds_image_classifier(folder) and image is None:
+        raise UserError(f"{folder} is an image classifier: give --image FILE")
+    if image is not None and not holds_image_classifier(folder):
+        raise UserError(f"{folder} is no TokenFormer image classifier: --image needs one")
+
+
+def _of_image(
+    folder: Path,
+    image: str,
+    target: str | None,
+    source: str | None,
+    num_images: int,
+    changes: list[str] | None,
+    load: dict[str, Any],
+) -> dict[str, Any]:
+    require_extra("vision", "PIL")
+    from tokenformer.images import load_processor, open_image_set
+    from tokenformer.interpret.intervention import parse_change
+    from tokenformer.interpret.vision import explain_image
+    from tokenformer.models.loading import load_image_classifier
+
+    images = None if source is None else open_image_set(source, on_bad_image="skip")[0]
+    shown: Any = image
+    name = Path(image).name
+    if images is not None and image.isdecimal() and not Path(image).exists():
+        if int(image) >= len(images):
+            raise UserError(f"--image {image}: {source} has the images 0 to {len(images) - 1}")
+        shown, name = images[int(image)][0], f"image {image} of {source}"
+    model = load_image_classifier(folder, **load)
+    made = [parse_change(change, model) for change in changes or []]
+    return explain_image(
+        model,
+        load_processor(folder),
+        shown,
+        target=target,
+        changes=made,
+        images=images,
+        num_images=num_images,
+        name=name,
+        source=source,
+        progress=True,
+    )
 
 
 def _give(payload: dict[str, Any], out: str | None, json: str | None) -> None:

@@ -3,7 +3,7 @@
 import sys
 
 from tokenformer.cli.parser import Parser, call
-from tokenformer.errors import require_extra
+from tokenformer.errors import UserError, require_extra
 
 EXAMPLE = """\
   tokenformer explore runs/small
@@ -57,9 +57,11 @@ def explore(
 
         from tokenformer.interpret.explorer import build_app
         from tokenformer.interpret.index import Index
-        from tokenformer.models.loading import load_model, load_tokenizer, model_folder
+        from tokenformer.models.loading import holds_image_classifier, load_model, load_tokenizer, model_folder
 
         folder = model_folder(model)
+        if holds_image_classifier(folder):
+            raise UserError(f"{folder} is an image classifier: use tokenformer explain {model} --image FILE --out FILE")
         tokenizer = load_tokenizer(folder)
         opened = None if index is None else Index.open(index, folder, tokenizer=tokenizer)
         loaded = load_model(folder, dtype=dtype, device=device)

@@ -1,10 +1,18 @@
 """The classes of images and those of a model."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from tokenformer.errors import UserError
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Names of a classifier's classes, in their order, by `config.id2label`."""
+    config: Any = model.config
+    return [str(config.id2label[i]) for i in range(len(config.id2label))]
 
 
 def match_classes(id2label: Mapping[int, str], classes: Sequence[str]) -> tuple[list[str], torch.Tensor]:

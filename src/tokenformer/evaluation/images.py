@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers.image_processing_backends import PilBackend
 
 from tokenformer.errors import UserError
-from tokenformer.evaluation.classes import match_classes
+from tokenformer.evaluation.classes import class_names, match_classes
 from tokenformer.evaluation.perplexity import evenly_spaced
 from tokenformer.evaluation.progress import bar
 from tokenformer.images import EvaluationImages, ImageSet, collate_images
@@ -67,7 +67,7 @@ def read_pixels(
         UserError: as `evaluate_images`.
     """
     _check(workers, batch_size=batch_size, limit=limit)
-    chosen = _chosen(images, limit)
+    chosen = evenly_chosen(images, limit)
     batches = list(_batches(images, processor, chosen, batch_size, workers))
     if not batches:
         raise UserError(_ALL_UNREADABLE.format(len(chosen)))
@@ -120,7 +120,7 @@ def evaluate_images(
     """
     _check(workers, batch_size=batch_size, top=top, limit=limit)
     names, ids = match_classes(_id2label(model), images.classes)
-    chosen = _chosen(images, limit)
+    chosen = evenly_chosen(images, limit)
     if isinstance(images, PixelImages):
         batches = _sliced(images, chosen, batch_size)
     else:
@@ -186,8 +186,7 @@ def predict_images(
         BadImage: a file cannot be read and is not to be skipped.
     """
     _check(workers, batch_size=batch_size, top=top)
-    id2label = _id2label(model)
-    names = [str(id2label[i]) for i in range(len(id2label))]
+    names = class_names(model)
     # For a label each file has its own number, which then says which ones could be read.
     images = ImageSet(
         Files([str(path) for path in paths]), np.arange(len(paths)), tuple(names), on_bad_image=on_bad_image
@@ -231,6 +230,18 @@ def unlabelled_files(sources: Sequence[str]) -> list[str] | None:
     if any(path.is_dir() for path in entries):
         return None
     return sorted(str(path) for path in entries if path.name.lower().endswith(SUFFIXES)) or None
+
+
+def evenly_chosen(images: ImageSet | PixelImages, limit: int | None) -> list[int]:
+    """Numbers of `limit` images in their order, evenly spaced over the classes; of all if None.
+
+    Raises:
+        UserError: there are no images.
+    """
+    if not len(images):
+        raise UserError("there are no images")
+    by_class = np.argsort(np.asarray(images.labels), kind="stable").tolist()
+    return sorted(evenly_spaced(by_class, limit))
 
 
 def part_of(count: int, limit: float | None) -> int | None:
@@ -290,14 +301,6 @@ def _per_class(names: list[str], confusion: torch.Tensor) -> list[dict[str, Any]
         }
         for name, right, there, taken in rows
     ]
-
-
-def _chosen(images: ImageSet | PixelImages, limit: int | None) -> list[int]:
-    """Indices of the images to be judged, in their order."""
-    if not len(images):
-        raise UserError("there are no images to evaluate")
-    by_class = np.argsort(np.asarray(images.labels), kind="stable").tolist()
-    return sorted(evenly_spaced(by_class, limit))
 
 
 def _batches(

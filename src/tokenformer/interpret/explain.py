@@ -12,10 +12,25 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tokenformer.errors import UserError
-from tokenformer.interpret.addresses import TokenAddress, pattention_layers, segment_sizes
+from tokenformer.interpret.addresses import TokenAddress, pattention_layers
 from tokenformer.interpret.attribution import LayerTrace, Trace, shares_of, trace
 from tokenformer.interpret.intervention import Change, intervene, measured_ablation
 from tokenformer.interpret.lens import READING, WRITING, nearest_by, promoted_by
+from tokenformer.interpret.payload import (
+    FORMAT,
+    GRADIENT,
+    LISTED,
+    MEASURED,
+    SHARES,
+    STRONGEST,
+    describe_model,
+    layer_effects,
+    own_address,
+    ranked,
+    short,
+    target_of,
+    use_of,
+)
 from tokenformer.interpret.text import piece, predictions, text_ids, token_losses
 from tokenformer.models.loading import num_entries
 from tokenformer.models.modeling_tokenformer import TokenFormerForCausalLM
@@ -24,7 +39,6 @@ from tokenformer.tuning.adapters import kind_of
 if TYPE_CHECKING:
     from tokenformer.interpret.index import Index
 
-FORMAT = 1
 # Of a longer text fewer tokens are listed at each position, so that files of long texts stay readable by a browser.
 _LISTED_TOKENS, _MANY_POSITIONS = 8, 128
 # Text tokens of a batch of ablations, whose logits over the vocabulary exist at once.
@@ -33,18 +47,14 @@ _POSITIONS_AT_ONCE = 1024
 _ATTRIBUTED = 200
 # Tokens whose card is written: beyond, a long text and a large model would make a file of hundreds of megabytes.
 _CARDS = 3000
-_LISTED = 10
 
 NOTES = [
-    "Strongest means the largest |weight| times length of the value: what a token adds to its layer's output. Later "
-    "layers may undo it.",
+    STRONGEST,
     "Direct contributions add up to the logit exactly, with the embedding and a bias; they hold the final norm at what "
     "it was and count no effect through later layers.",
-    "Gradient contributions count all later layers, to first order: minus them is an estimate of the measured change, "
-    "and a poor one where a token is large.",
-    "Measured: the logit with the token switched off at all positions, minus the logit with it. Tokens taken off "
-    "together need not do the sum of what they do alone. Without a token the others share the norm and speak louder.",
-    "Shares of segments add up to 1 and can be negative: of a segment that speaks against the rest.",
+    GRADIENT,
+    MEASURED,
+    SHARES,
     "Promoted tokens are those of a positive weight; later layers and the final norm's division are left out.",
     "Nearest inputs are exact for the query, key and value layers of the first block, and a guess for deeper keys.",
 ]
@@ -110,7 +120,7 @@ def explain_text(
         positions = _positions(found, tokenizer, targets, listed)
         altered = _changed(model, tokenizer, ids, list(changes), focus)
         shown = _shown(attribution, positions, focus)
-        cards = token_cards(model, tokenizer, [_address(text) for text in shown[:_CARDS]], index=index)
+        cards = token_cards(model, tokenizer, [own_address(text) for text in shown[:_CARDS]], index=index)
     losses = token_losses(logits, ids)
     notes = list(NOTES)
     if num_tokens is None and listed < _LISTED_TOKENS:
@@ -125,10 +135,10 @@ def explain_text(
         "text": {
             "pieces": [piece(tokenizer, token_id) for token_id in ids[0].tolist()],
             "ids": ids[0].tolist(),
-            "loss": [None, *map(_short, losses.tolist())],
+            "loss": [None, *map(short, losses.tolist())],
         },
         "position": focus,
-        "target": _target_of(tokenizer, logits[0, focus], int(targets[focus])),
+        "target": target_of(logits[0, focus], int(targets[focus]), partial(piece, tokenizer)),
         "positions": positions,
         "attribution": attribution,
         "layers": layers,
@@ -180,33 +190,28 @@ def token_cards(
         for token_id, _ in pairs:
             if token_id not in pieces:
                 pieces[token_id] = piece(tokenizer, token_id)
-        return [[pieces[token_id], _short(value)] for token_id, value in pairs]
+        return [[pieces[token_id], short(value)] for token_id, value in pairs]
 
     writing = [token for token in tokens if cards[str(token)]["kind"] in WRITING]
-    for token, (up, down) in zip(writing, promoted_by(model, writing, _LISTED, num_ids), strict=True):
+    for token, (up, down) in zip(writing, promoted_by(model, writing, LISTED, num_ids), strict=True):
         cards[str(token)] |= {"promotes": in_words(up), "suppresses": in_words(down)}
     reading = [token for token in tokens if cards[str(token)]["kind"] in READING]
-    for token, near in zip(reading, nearest_by(model, reading, _LISTED, num_ids), strict=True):
+    for token, near in zip(reading, nearest_by(model, reading, LISTED, num_ids), strict=True):
         cards[str(token)]["nearest"] = in_words(near)
     return cards
 
 
-# Of a segment: its statistics, and which of its tokens are dead and always on.
-_Segment = tuple[dict[str, torch.Tensor], set[int], set[int]]
-
-
-def _use(index: "Index | None", seen: dict[tuple[str, str], _Segment], token: TokenAddress) -> dict[str, Any]:
+def _use(
+    index: "Index | None", seen: dict[tuple[str, str], dict[str, torch.Tensor]], token: TokenAddress
+) -> dict[str, Any]:
     if index is None:
         return {"statistics": None, "state": None, "contexts": []}
     place = token.layer, token.segment
     if place not in seen:
-        seen[place] = index.statistics(*place), set(index.dead(*place)), set(index.always_on(*place))
-    statistics, dead, always = seen[place]
-    names = ("mean", "rms", "max", "active")
+        seen[place] = index.statistics(*place)
     shown = ("before", "token", "after", "weight")
     return {
-        "statistics": {name: _short(float(statistics[name][token.index])) for name in names},
-        "state": "dead" if token.index in dead else "always on" if token.index in always else None,
+        **use_of(seen[place], token.index),
         "contexts": [{name: context[name] for name in shown} for context in index.contexts(token)],
     }
 
@@ -227,44 +232,16 @@ def _target(tokenizer: PreTrainedTokenizerFast, target: str | None, likeliest: f
     return int(ids[0])
 
 
-def _target_of(tokenizer: PreTrainedTokenizerFast, logits: torch.Tensor, target_id: int) -> dict[str, Any]:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return {
-        "id": target_id,
-        "piece": piece(tokenizer, target_id),
-        "probability": torch.softmax(wide, -1)[target_id].item(),
-        "logit": wide[target_id].item(),
-    }
-
-
 def _attribution(found: Trace, focus: int, target_id: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What the strongest tokens contribute to the target's logit, and what each layer does in all."""
-    gradient = found.gradient(found.logits[0, focus, target_id])
-    direct = found.direct(focus, target_id).tokens
-    entries = [
-        (name, segment, contributions[0])
-        for name, parts in gradient.items()
-        for segment, contributions in parts.items()
-    ]
-    order = torch.cat([contributions for _, _, contributions in entries]).abs().argsort(descending=True)
-    places = [(name, segment, i) for name, segment, c in entries for i in range(len(c))]
-    listed = []
-    for name, segment, i in (places[place] for place in order[:_ATTRIBUTED].tolist()):
-        listed.append(
-            {
-                "address": str(TokenAddress(name, segment, i)),
-                "weight": _short(found.layers[name].weights[segment][0, focus, i].item()),
-                "gradient": _short(gradient[name][segment][0, i].item()),
-                "direct": _short(direct[name][segment][i].item()) if name in direct else None,
-            }
-        )
-    # Not one sum: that of a value layer is zero, as what follows it does not depend on the length of its output.
-    whole = {name: torch.cat([c[0] for c in parts.values()]) for name, parts in gradient.items()}
-    layers = [
-        {"name": name, "raises": _short(c.clamp(min=0).sum().item()), "lowers": _short(c.clamp(max=0).sum().item())}
-        for name, c in whole.items()
-    ]
-    return listed, layers
+    rows = found.gradient(found.logits[0, focus, target_id])
+    gradient = {name: {segment: c[0] for segment, c in parts.items()} for name, parts in rows.items()}
+
+    def weight(layer: str, segment: str, i: int) -> float:
+        return found.layers[layer].weights[segment][0, focus, i].item()
+
+    listed = ranked(gradient, found.direct(focus, target_id).tokens, weight, _ATTRIBUTED)
+    return listed, layer_effects(gradient)
 
 
 def _ablations(
@@ -284,9 +261,9 @@ def _ablations(
     for start in range(0, len(entries), at_once):
         addresses = [entry["address"] for entry in entries[start : start + at_once]]
         for address, row in zip(addresses, measured_ablation(model, ids, addresses), strict=True):
-            places = [{"predictions": predictions(tokenizer, place, _LISTED)} for place in row]
+            places = [{"predictions": predictions(tokenizer, place, LISTED)} for place in row]
             shown[address] = {"loss": _mean(token_losses(row[None], ids)), "positions": places}
-            effects[address] = _short((row[focus, target_id] - logits[0, focus, target_id]).item())
+            effects[address] = short((row[focus, target_id] - logits[0, focus, target_id]).item())
     return shown, effects
 
 
@@ -298,7 +275,7 @@ def _positions(
     layers = [_layer(name, layer, directions, num_tokens) for name, layer in found.layers.items()]
     return [
         {
-            "predictions": predictions(tokenizer, logits, _LISTED),
+            "predictions": predictions(tokenizer, logits, LISTED),
             "layers": [layer[place] for layer in layers],
         }
         for place, logits in enumerate(found.logits[0].detach())
@@ -319,12 +296,12 @@ def _layer(name: str, layer: LayerTrace, directions: torch.Tensor, num_tokens: i
     spread = {segment: share.tolist() for segment, share in shares.items()}
     return [
         {
-            "shares": {segment: _short(share[t]) for segment, share in spread.items()},
+            "shares": {segment: short(share[t]) for segment, share in spread.items()},
             "tokens": [
                 {
                     "address": str(addresses[i]),
-                    "weight": _short(weight),
-                    "direct": None if direct is None else _short(direct[t][rank]),
+                    "weight": short(weight),
+                    "direct": None if direct is None else short(direct[t][rank]),
                 }
                 for rank, (i, weight) in enumerate(zip(indices, row, strict=True))
             ],
@@ -346,7 +323,7 @@ def _changed(
         logits = model(ids, use_cache=False).logits
     return {
         "changes": [str(change) for change in changes],
-        "predictions": predictions(tokenizer, logits[0, focus], _LISTED),
+        "predictions": predictions(tokenizer, logits[0, focus], LISTED),
         "loss": _mean(token_losses(logits, ids)),
     }
 
@@ -365,35 +342,6 @@ def _shown(attribution: list[dict[str, Any]], positions: list[dict[str, Any]], f
     return list(found)
 
 
-def _address(text: str) -> TokenAddress:
-    # Not find_token, which looks through the whole model: these addresses are our own, and many.
-    layer, segment, place = text.rsplit("/", 2)
-    return TokenAddress(layer, segment, int(place))
-
-
-def describe_model(model: TokenFormerForCausalLM) -> dict[str, Any]:
-    """Name, parameters, layers and segments of a model, as the page shows them."""
-    layers = []
-    for name, layer in pattention_layers(model).items():
-        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
-        sizes = segment_sizes(model, name)
-        layers.append(
-            {
-                "name": name,
-                "kind": kind_of(layer),
-                "block": numbers[0] if numbers else 0,
-                "segments": [{"name": segment, "num_tokens": size} for segment, size in sizes.items()],
-            }
-        )
-    name = str(model.config.name_or_path).rstrip("/").rpartition("/")[2]
-    return {"name": name or type(model).__name__, "parameters": model.num_parameters(), "layers": layers}
-
-
 def _mean(losses: torch.Tensor) -> float | None:
     """None of a text of one token, in which nothing is predicted."""
     return losses.mean().item() if len(losses) else None
-
-
-def _short(number: float) -> float:
-    """Five digits: a page shows fewer, and the file is half as large."""
-    return float(f"{number:.5g}")

@@ -151,7 +151,8 @@ def start_payload(model: "TokenFormerForCausalLM", index: "Index | None") -> dic
     Raises:
         UserError: a model without Pattention layers.
     """
-    from tokenformer.interpret.explain import NOTES, describe_model
+    from tokenformer.interpret.explain import NOTES
+    from tokenformer.interpret.payload import describe_model
 
     described = describe_model(model)
     return {

@@ -13,14 +13,13 @@ from transformers import PreTrainedTokenizerFast
 from tokenformer.data.storage import file_sha256
 from tokenformer.errors import UserError
 from tokenformer.interpret.contexts import WINDOW, context, pieces
+from tokenformer.interpret.tallies import ALWAYS_ON, statistics
 from tokenformer.models.checkpoints import WEIGHTS_FILES
 from tokenformer.models.loading import CONFIG, load_tokenizer
 from tokenformer.models.loading import INDEX as WEIGHTS_INDEX
 
 FORMAT = 1
 INDEX = "index.json"
-# From this share of active positions on, a token is always on.
-ALWAYS_ON = 0.99
 _FIELDS = ("format", "kind", "model", "tokenizer", "data", "options", "rows", "files")
 
 
@@ -82,14 +81,8 @@ class Index:
         Raises:
             UserError: no such layer or segment in the index.
         """
-        sums = self._tensor(layer, segment, "sum")
-        count = self.rows.numel()
-        return {
-            "mean": sums / count,
-            "rms": (self._tensor(layer, segment, "squares") / count).sqrt(),
-            "max": self._tensor(layer, segment, "highest")[:, 0].double(),
-            "active": self._tensor(layer, segment, "active").double() / count,
-        }
+        parts = ("sum", "squares", "highest", "active")
+        return statistics({name: self._tensor(layer, segment, name) for name in parts}, self.rows.numel())
 
     def dead(self, layer: str, segment: str) -> list[int]:
         """Tokens that are active nowhere."""

@@ -129,23 +129,26 @@ def intervene(model: nn.Module, changes: Iterable[Change]) -> Iterator[None]:
 
 @torch.no_grad()
 def measured_ablation(
-    model: nn.Module, input_ids: torch.Tensor, tokens: Sequence[Address], *, batch_size: int = 8
+    model: nn.Module, inputs: torch.Tensor, tokens: Sequence[Address], *, batch_size: int = 8
 ) -> torch.Tensor:
     """Logits (len(tokens), T, V) with each of the tokens switched off by itself, at all positions.
 
-    As `Off`, one after the other; several at once are computed as rows of a batch.
+    As `Off`, one after the other; several at once are computed as rows of a batch. Of an image classifier they are
+    (len(tokens), C).
 
     Args:
-        model: a language model that gives `.logits`, in the mode it is in.
-        input_ids: (1, T)
+        model: gives `.logits`, in the mode it is in.
+        inputs: token ids (1, T); pixel values (1, channels, H, W) for an image classifier.
         tokens: addresses.
         batch_size: rows at a time.
 
     Raises:
         UserError: more rows than one, a batch size below 1, no token, or an unknown one.
     """
-    if input_ids.dim() != 2 or len(input_ids) != 1:
-        raise UserError(f"input_ids must be one row (1, T), got shape {tuple(input_ids.shape)}")
+    is_text = not inputs.is_floating_point()
+    if inputs.dim() != (2 if is_text else 4) or len(inputs) != 1:
+        wanted = "token ids (1, T)" if is_text else "pixel values (1, channels, H, W)"
+        raise UserError(f"inputs must be one row of {wanted}, got shape {tuple(inputs.shape)}")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if not tokens:
@@ -164,8 +167,9 @@ def measured_ablation(
             mask[row, :, token.index] = False
         edits: dict[Pattention, Edit] = {layers[path]: partial(_hide, hidden) for path, hidden in masks.items()}
         with tapped(edits=edits):
-            batch = input_ids.expand(len(rows), -1)
-            logits.append(model(input_ids=batch, use_cache=False).logits)
+            batch = inputs.expand(len(rows), *inputs.shape[1:])
+            outputs = model(input_ids=batch, use_cache=False) if is_text else model(pixel_values=batch)
+            logits.append(outputs.logits)
     return torch.cat(logits)
 
 

@@ -3,11 +3,15 @@
 Shapes: B rows of a batch, T positions, N tokens of a segment, k contexts.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 # A token is active at a position where its weight is beyond this: scores have a mean square of 1 in a model that has
 # not grown, so that the weights of speaking tokens are of the order of one.
 ACTIVE = 0.1
+# From this share of active positions on, a token is always on.
+ALWAYS_ON = 0.99
 
 
 class Tally:
@@ -62,3 +66,23 @@ class Tally:
         order = joined["highest"].sort(dim=1, descending=True, stable=True).indices[:, :count]
         for name, both in joined.items():
             self.tensors[name][changed] = both.gather(1, order)
+
+
+def statistics(tensors: Mapping[str, torch.Tensor], positions: int) -> dict[str, torch.Tensor]:
+    """Of each token (N,), in float64: `mean`, `rms` and `max` weight, `active`: share of |weight| > 0.1.
+
+    Args:
+        tensors: of a `Tally`.
+        positions: that it has read.
+    """
+    return {
+        "mean": tensors["sum"] / positions,
+        "rms": (tensors["squares"] / positions).sqrt(),
+        "max": tensors["highest"][:, 0].double(),
+        "active": tensors["active"].double() / positions,
+    }
+
+
+def state(active: float) -> str | None:
+    """`dead` of a token that is active nowhere, `always on` of one that is at 99 % of the positions or more."""
+    return "dead" if active == 0 else "always on" if active >= ALWAYS_ON else None

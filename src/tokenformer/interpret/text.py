@@ -1,6 +1,6 @@
 """Text for a model that is looked into, and what it predicts, in words."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tokenformer.errors import UserError
+from tokenformer.interpret.payload import LISTED, likeliest
 
 _REPLACEMENT = "\ufffd"
 
@@ -50,14 +51,9 @@ def text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: s
     return torch.tensor([ids], device=model.device)
 
 
-def predictions(tokenizer: PreTrainedTokenizerFast, logits: torch.Tensor, count: int = 10) -> list[dict[str, Any]]:
+def predictions(tokenizer: PreTrainedTokenizerFast, logits: torch.Tensor, count: int = LISTED) -> list[dict[str, Any]]:
     """The likeliest next tokens, by the logits (V,) of a position: `id`, `piece` and `probability` of each."""
-    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    likeliest = torch.softmax(wide, -1).topk(min(count, len(wide)))
-    return [
-        {"id": token_id, "piece": piece(tokenizer, token_id), "probability": probability}
-        for probability, token_id in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
-    ]
+    return likeliest(logits, partial(piece, tokenizer), count)
 
 
 def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
