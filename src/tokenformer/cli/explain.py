@@ -209,10 +209,10 @@ def _of_image(
     images = None if source is None else open_image_set(source, on_bad_image="skip")[0]
     shown: Any = image
     name = Path(image).name
-    if images is not None and image.isdecimal() and not Path(image).exists():
+    if images is not None and source is not None and image.isdecimal() and not Path(image).exists():
         if int(image) >= len(images):
             raise UserError(f"--image {image}: {source} has the images 0 to {len(images) - 1}")
-        shown, name = images[int(image)][0], f"image {image} of {source}"
+        shown, name = images[int(image)][0], f"image {image} of {Path(source).name}"
     model = load_image_classifier(folder, **load)
     made = [parse_change(change, model) for change in changes or []]
     return explain_image(
@@ -224,7 +224,7 @@ def _of_image(
         images=images,
         num_images=num_images,
         name=name,
-        source=source,
+        source=None if source is None else Path(source).name,
         progress=True,
     )
 

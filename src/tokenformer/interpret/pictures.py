@@ -27,6 +27,8 @@ from tokenformer.tuning.adapters import kind_of
 _IMAGES = 6
 # Pixels of the longer side of these at most.
 _THUMBNAIL = 96
+# Pixels of the longer side of images that are shown to the bit.
+_EXACT = 64
 # Positions of a batch of images, whose weights over all tokens of a layer exist at once.
 _POSITIONS = 4096
 
@@ -61,11 +63,12 @@ def visible(processor: PilBackend, pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(levels))
 
 
-def png_uri(image: Image.Image) -> str:
-    """An image as a `data:` address."""
+def data_uri(image: Image.Image) -> str:
+    """An image as a `data:` address: exact if it is small, otherwise as JPEG, which takes a fifth of the room."""
     data = io.BytesIO()
-    image.save(data, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    kind = "PNG" if max(image.size) <= _EXACT else "JPEG"
+    image.save(data, kind, optimize=True, **({} if kind == "PNG" else {"quality": 90}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 class ImagesSeen:
@@ -173,5 +176,5 @@ class ImagesSeen:
             seen = visible(self._processor, model_pixels(self._model, self._processor, image)[0])
             seen.thumbnail((_THUMBNAIL, _THUMBNAIL))
             name = self._images.name(number).strip("'")
-            found.append({"uri": png_uri(seen), "label": self._images.classes[label], "name": Path(name).name})
+            found.append({"uri": data_uri(seen), "label": self._images.classes[label], "name": Path(name).name})
         return found

@@ -37,7 +37,7 @@ from tokenformer.interpret.payload import (
     short,
     target_of,
 )
-from tokenformer.interpret.pictures import ImagesSeen, model_pixels, png_uri, visible
+from tokenformer.interpret.pictures import ImagesSeen, data_uri, model_pixels, visible
 from tokenformer.models.modeling_tokenformer_vision import TokenFormerForImageClassification
 from tokenformer.tuning.adapters import kind_of
 
@@ -142,7 +142,7 @@ def explain_image(
         "kind": "vision",
         "live": False,
         "model": describe_model(model),
-        "image": {"name": name, "uri": png_uri(visible(processor, pixels[0])), "width": width, "height": height},
+        "image": {"name": name, "uri": data_uri(visible(processor, pixels[0])), "width": width, "height": height},
         "grid": {"rows": height // patch, "columns": width // patch, "class_token": class_token},
         "predictions": _predictions(model, logits),
         "target": target_of(logits, target_id, class_names(model).__getitem__),

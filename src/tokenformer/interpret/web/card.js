@@ -4,6 +4,7 @@
 function drawCard() {
   const { payload, address } = view;
   const card = address && payload.tokens && payload.tokens[address];
+  view.drawMap();
   if (!card) {
     const hint = address ? `There is no card of ${shortName(address)} in this report.` : "Choose a parameter token in the table to see what it holds.";
     places.card.replaceChildren(el("h2", { tabindex: -1 }, "Parameter token"), el("p", { class: "soft" }, hint));
@@ -18,7 +19,7 @@ function drawCard() {
     payload.live ? liveSwitches(card) : reportSwitch(address),
     lists(card),
     statistics(card),
-    contexts(card),
+    payload.kind === "vision" ? pictures(card) : contexts(card),
   ];
   places.card.replaceChildren(...parts.flat().filter(Boolean));
 }
@@ -49,10 +50,13 @@ function reportSwitch(address) {
 }
 
 function refusal(address) {
-  const model = view.payload.model.name;
+  const { kind, model } = view.payload;
+  const other = kind === "vision"
+    ? ["Not measured in this report. Make another with ", el("code", {}, `--change 'off ${address}'`)]
+    : ["Not measured in this report. To switch any token off: ", el("code", {}, `tokenformer explore ${readable(model.name)}`)];
   return [
     el("p", { class: "row" }, el("button", { type: "button", id: "switch", disabled: true, "aria-describedby": "why" }, "Switch off"),
-      el("span", { id: "why", class: "soft" }, "Not measured in this report. To switch any token off: ", el("code", {}, `tokenformer explore ${readable(model)}`))),
+      el("span", { id: "why", class: "soft" }, other)),
   ];
 }
 
@@ -66,7 +70,10 @@ function lists(card) {
   const found = [];
   if (card.promotes) found.push(values("Promotes", card.promotes, 2), values("Suppresses", card.suppresses || [], 2));
   if (card.nearest) found.push(values("Nearest inputs", card.nearest, 2));
-  if (!found.length) return el("p", { class: "soft" }, "Neither its key nor its value is compared with words: it works between inner layers.");
+  const inner = view.payload.kind === "vision"
+    ? "Its value is not compared with classes: it works between inner layers."
+    : "Neither its key nor its value is compared with words: it works between inner layers.";
+  if (!found.length) return el("p", { class: "soft" }, inner);
   return el("div", { class: `lists${found.length === 3 ? " three" : ""}` }, found);
 }
 
@@ -74,8 +81,9 @@ function statistics(card) {
   if (!card.statistics) return null;
   const { mean, rms, max, active } = card.statistics;
   const figure = (name, value) => el("div", {}, el("dt", {}, name), el("dd", {}, value));
+  const { kind, source } = view.payload;
   return [
-    el("h3", {}, "Over the corpus of the index"),
+    el("h3", {}, kind === "vision" ? `Over ${source.images} images of ${readable(source.name)}` : "Over the corpus of the index"),
     el("dl", { class: "figures" }, figure("mean weight", number(mean)), figure("rms", number(rms)), figure("max", number(max)), figure("active at", percent(active))),
   ];
 }

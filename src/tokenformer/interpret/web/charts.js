@@ -112,6 +112,25 @@ function drawShares(place, rows, title = "share of the output") {
   }, `${title} by segment: ${names.map((name) => `${name} ${percent(rows.reduce((sum, row) => sum + (row.shares[name] || 0), 0) / rows.length)} on average`).join(", ")}`);
 }
 
+/** Numbers over the patches of an image: orange above zero, blue below, nothing where it is zero. */
+function drawMap(place, image, grid, values, title) {
+  const { rows, columns } = grid;
+  const z = Array.from({ length: rows }, (_, row) => values.slice(row * columns, (row + 1) * columns));
+  const most = Math.max(...values.map(Math.abs), 1e-9);
+  const best = values.reduce((found, value, i) => (Math.abs(value) > Math.abs(values[found]) ? i : found), 0);
+  draw(place, [{
+    type: "heatmap", z, zmin: -most, zmax: most, xgap: 1, ygap: 1,
+    colorscale: [[0, "rgba(0, 80, 220, 0.85)"], [0.5, "rgba(128, 128, 128, 0)"], [1, "rgba(235, 95, 0, 0.85)"]],
+    hovertemplate: "row %{y}, column %{x}: %{z:.4g}<extra></extra>",
+    colorbar: { orientation: "h", y: 0, yanchor: "top", ypad: 4, thickness: 10, len: 1, outlinewidth: 0, title: { text: title, side: "bottom", font: { size: 11 } }, tickfont: { size: 11 } },
+  }], {
+    height: 290, margin: { l: 0, r: 0, t: 0, b: 50 },
+    images: [{ source: image, xref: "x", yref: "y", x: -0.5, y: -0.5, sizex: columns, sizey: rows, sizing: "stretch", layer: "below" }],
+    xaxis: { range: [-0.5, columns - 0.5], constrain: "domain", showgrid: false, zeroline: false, showticklabels: false, ticks: "" },
+    yaxis: { range: [rows - 0.5, -0.5], scaleanchor: "x", constrain: "domain", showgrid: false, zeroline: false, showticklabels: false, ticks: "" },
+  }, `${title} at each patch. Strongest: row ${Math.floor(best / columns)}, column ${best % columns}, ${number(values[best])}`);
+}
+
 /** Draw everything again in the other colours when the system changes them. */
 function onTheme(redraw) {
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

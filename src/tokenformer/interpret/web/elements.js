@@ -16,6 +16,11 @@ function el(tag, fields = {}, ...children) {
   return made;
 }
 
+/** A picture that is part of the payload; one from anywhere else is not shown. */
+function picture(uri, fields) {
+  return /^data:image\/(png|jpeg);base64,/.test(uri) ? el("img", { ...fields, src: uri }) : el("span", { class: "soft" }, fields.alt);
+}
+
 /** A section with a heading that names it. */
 function panel(title, fields = {}, ...children) {
   const heading = el("h2", {}, title);

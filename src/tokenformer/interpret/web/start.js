@@ -3,7 +3,7 @@
 
 {
   const payload = JSON.parse(document.getElementById("payload").textContent);
-  const kinds = { language: startLanguage, lineage: typeof startLineage === "undefined" ? null : startLineage, vision: typeof startVision === "undefined" ? null : startVision };
+  const kinds = { language: startLanguage, lineage: startLineage, vision: startVision };
   const start = kinds[payload.kind];
   if (payload.format !== 1 || !start) throw new Error(`this page cannot show a payload of kind ${payload.kind}, format ${payload.format}`);
   start(payload);
