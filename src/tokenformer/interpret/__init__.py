@@ -19,21 +19,49 @@ from tokenformer.interpret.intervention import (
 )
 
 if TYPE_CHECKING:
+    from tokenformer.interpret.attribution import (
+        DirectContributions,
+        Trace,
+        direct_contributions,
+        gradient_contributions,
+        segment_shares,
+        trace,
+    )
     from tokenformer.interpret.building import build_index
     from tokenformer.interpret.effects import change_effect
+    from tokenformer.interpret.explain import explain_text, token_cards
+    from tokenformer.interpret.faithfulness import measure_faithfulness
     from tokenformer.interpret.index import Index
+    from tokenformer.interpret.lens import nearest_inputs, promoted, value_lens
     from tokenformer.interpret.lineage import compare_lineage
+    from tokenformer.interpret.page import write_page
+    from tokenformer.interpret.vision import explain_image
 
 _LAZY = {
+    "DirectContributions": "attribution",
     "Index": "index",
+    "Trace": "attribution",
     "build_index": "building",
-    "compare_lineage": "lineage",
     "change_effect": "effects",
+    "compare_lineage": "lineage",
+    "direct_contributions": "attribution",
+    "explain_image": "vision",
+    "explain_text": "explain",
+    "gradient_contributions": "attribution",
+    "measure_faithfulness": "faithfulness",
+    "nearest_inputs": "lens",
+    "promoted": "lens",
+    "segment_shares": "attribution",
+    "token_cards": "explain",
+    "trace": "attribution",
+    "value_lens": "lens",
+    "write_page": "page",
 }
 
 __all__ = [
     "Capture",
     "Change",
+    "DirectContributions",
     "Index",
     "LayerRecord",
     "Off",
@@ -41,18 +69,31 @@ __all__ = [
     "SegmentRecord",
     "Swap",
     "TokenAddress",
+    "Trace",
     "build_index",
     "capture",
     "change_effect",
     "compare_lineage",
+    "direct_contributions",
+    "explain_image",
+    "explain_text",
     "find_layer",
     "find_segment",
     "find_token",
+    "gradient_contributions",
     "intervene",
+    "measure_faithfulness",
     "measured_ablation",
+    "nearest_inputs",
     "parse_change",
     "pattention_layers",
     "perplexity_change",
+    "promoted",
+    "segment_shares",
+    "token_cards",
+    "trace",
+    "value_lens",
+    "write_page",
 ]
 
 
