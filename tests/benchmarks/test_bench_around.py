@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 from tokenformer import UserError
 from tokenformer.benchmarks import checkpoint, data, startup
 from tokenformer.cli import main
@@ -165,6 +165,15 @@ def test_commands_that_start():
         startup.run(["-c", "raise ValueError('broken')"], Path.cwd(), environment)
 
 
+def test_a_model_that_can_be_explained(tmp_path):
+    model, found = tmp_path / "model", tmp_path / "found"
+    tiny_model(vocab_size=320).save_pretrained(model)
+    startup.add_tokenizer(model)
+    words = [word.format(model=model, found=found, threads=1) for word in startup.CASES["explain"]]
+    startup.run(words, tmp_path, {"PYTHONPATH": str(Path(startup.__file__).parents[2])})
+    assert "".join(json.loads(found.read_text(encoding="utf-8"))["text"]["pieces"]) == startup.TEXT
+
+
 @pytest.fixture
 def started(monkeypatch):
     """Stands for processes, of which each takes seconds: notes what would be run."""
@@ -179,12 +188,12 @@ def started(monkeypatch):
 
 
 def test_record_of_starts(started):
-    record = startup.measure(threads=1, repeats=2)
+    record = startup.measure(tiny_config(), threads=1, repeats=2)
     assert len(started) == (1 + 2) * len(startup.CASES) + len(startup.WITHOUT_TORCH)
     assert {threads for _, threads in started} == {"1"}
     assert set(record["seconds"]["none"]["start"]) == set(startup.CASES)
     limits = {row["case"]: row for row in record["limits"]}
-    assert {case: row["at_most"] for case, row in limits.items()} == {"help": 0.3, "import": 0.5}
+    assert {case: row["at_most"] for case, row in limits.items()} == {"help": 0.3, "import": 0.5, "explain": 10}
     for case, row in limits.items():
         assert row["met"] == (row["seconds"] <= row["at_most"])
         assert row["seconds"] == record["seconds"]["none"]["start"][case]["median"]
@@ -195,9 +204,11 @@ def test_record_of_starts(started):
 
 @pytest.mark.parametrize("name", ["data", "checkpoint", "startup"])
 def test_tables_and_records(capsys, monkeypatch, tmp_path, started, rows_record, checkpoint_record, name):
-    record = {"data": rows_record, "checkpoint": checkpoint_record, "startup": startup.measure(threads=1, repeats=2)}[
-        name
-    ]
+    record = {
+        "data": rows_record,
+        "checkpoint": checkpoint_record,
+        "startup": startup.measure(tiny_config(), threads=1, repeats=2),
+    }[name]
     module = {"data": data, "checkpoint": checkpoint, "startup": startup}[name]
     monkeypatch.setattr(module, "measure", lambda *args, **options: record)
     file = tmp_path / "record.json"
@@ -211,7 +222,7 @@ def test_tables_and_records(capsys, monkeypatch, tmp_path, started, rows_record,
     for ratio in record.get("ratios", []) if name != "startup" else []:
         assert f" {ratio['value']:6.3f}" in out
     if name == "startup":
-        assert out.count("target <= ") == 2
+        assert out.count("target <= ") == 3
 
 
 @pytest.mark.parametrize(

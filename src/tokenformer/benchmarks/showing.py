@@ -47,6 +47,7 @@ _LABELS = {
     "import": 'python -c "import tokenformer"',
     "help": "tokenformer --help",
     "info": "tokenformer info, of a tiny model",
+    "explain": "tokenformer explain --text",
 }
 
 
