@@ -15,7 +15,7 @@ from tiny_vision import CLASSES, save_classifier, tiny_classifier
 from tokenformer import TokenFormerForImageClassification, UserError
 from tokenformer.images import ImageSet, image_processor, open_image_set
 from tokenformer.images.decoding import BadImage
-from tokenformer.interpret import Off, Scale, capture, intervene, measured_ablation
+from tokenformer.interpret import Off, Scale, capture, intervene, measured_ablation, top_images
 from tokenformer.interpret.vision import explain_image
 
 SIZE = 12
@@ -146,6 +146,24 @@ def test_images_that_activate_a_token_most(images, pooling, monkeypatch):
         assert card["state"] == (
             "dead" if expected["active"] == 0 else "always on" if expected["active"] >= 0.99 else None
         )
+
+
+def test_images_of_tokens_by_address(images):
+    model, processor = tiny_classifier(), image_processor(SIZE)
+    found = top_images(model, processor, images, ["1.ffn/base/3", "0.attention.query/base/2"], num_images=None, count=2)
+    assert found.read == list(range(20))
+    assert list(found.tokens) == ["model.layers.1.ffn/base/3", "model.layers.0.attention.query/base/2"]
+    weights = []
+    for i in range(20):
+        with torch.no_grad(), capture(model, layers=["1.ffn"]) as seen:
+            model(processor(images[i][0], return_tensors="pt")["pixel_values"])
+        weights.append(seen["model.layers.1.ffn"].segments["base"].weights[0, :, 3].max().item())
+    best = sorted(range(20), key=weights.__getitem__, reverse=True)[:2]
+    assert [one["index"] for one in found.tokens["model.layers.1.ffn/base/3"]["images"]] == best
+    with pytest.raises(UserError, match="count must be at least 1"):
+        top_images(model, processor, images, ["1.ffn/base/3"], count=0)
+    with pytest.raises(UserError, match="it has the tokens 0 to 19"):
+        top_images(model, processor, images, ["1.ffn/base/20"])
 
 
 def test_fewer_images_are_spread_over_the_classes(images):

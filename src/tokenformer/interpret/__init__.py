@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     from tokenformer.interpret.lens import nearest_inputs, promoted, value_lens
     from tokenformer.interpret.lineage import compare_lineage
     from tokenformer.interpret.page import write_page
+    from tokenformer.interpret.pictures import TopImages, top_images
     from tokenformer.interpret.vision import explain_image
 
 _LAZY = {
     "DirectContributions": "attribution",
     "Index": "index",
+    "TopImages": "pictures",
     "Trace": "attribution",
     "build_index": "building",
     "change_effect": "effects",
@@ -53,6 +55,7 @@ _LAZY = {
     "promoted": "lens",
     "segment_shares": "attribution",
     "token_cards": "explain",
+    "top_images": "pictures",
     "trace": "attribution",
     "value_lens": "lens",
     "write_page": "page",
@@ -69,6 +72,7 @@ __all__ = [
     "SegmentRecord",
     "Swap",
     "TokenAddress",
+    "TopImages",
     "Trace",
     "build_index",
     "capture",
@@ -91,6 +95,7 @@ __all__ = [
     "promoted",
     "segment_shares",
     "token_cards",
+    "top_images",
     "trace",
     "value_lens",
     "write_page",

@@ -4,7 +4,7 @@ As `explain.py` for a text: one forward pass with gradients, one with a row for 
 in the image a token is used is its weight at each patch; which images activate it most is seen while others go by.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
@@ -37,7 +37,7 @@ from tokenformer.interpret.payload import (
     short,
     target_of,
 )
-from tokenformer.interpret.pictures import ImagesSeen, data_uri, model_pixels, visible
+from tokenformer.interpret.pictures import TopImages, data_uri, model_pixels, thumbnail, top_images, visible
 from tokenformer.models.modeling_tokenformer_vision import TokenFormerForImageClassification
 from tokenformer.tuning.adapters import kind_of
 
@@ -130,8 +130,12 @@ def explain_image(
         effects = dict(zip(without, (changed[:, target_id] - logits[target_id]).tolist(), strict=True))
     for entry in attribution:
         entry["measured"] = short(effects[entry["address"]]) if entry["address"] in off else None
-    seen = None if images is None else ImagesSeen(model, processor, images, tokens, num_images, progress)
-    cards = _cards(model, tokens, seen)  # before the pictures that they refer to
+    seen, numbers = None, dict[int, int]()
+    if images is not None:
+        seen = top_images(model, processor, images, tokens, num_images=num_images, progress=progress)
+        for token in tokens:
+            for one in seen.tokens[str(token)]["images"]:
+                numbers.setdefault(one["index"], len(numbers))
     notes = list(NOTES)
     if seen is not None and seen.unreadable:
         notes.append(f"{seen.unreadable} of the images could not be read and were left out.")
@@ -153,9 +157,9 @@ def explain_image(
         "maps": {str(token): _maps(found, places, token, class_token) for token in tokens},
         "ablations": off,
         "changes": _changed(model, pixels, list(changes)),
-        "images": [] if seen is None else seen.pictures(),
+        "images": [] if images is None else [_picture(model, processor, images, index) for index in numbers],
         "source": None if seen is None else {"name": source or "images", "images": len(seen.read)},
-        "tokens": cards,
+        "tokens": _cards(model, tokens, seen, numbers),
         "notes": notes,
     }
 
@@ -230,13 +234,31 @@ def _changed(
     return {"changes": [str(change) for change in changes], "predictions": _predictions(model, logits)}
 
 
+def _picture(
+    model: TokenFormerForImageClassification, processor: PilBackend, images: ImageSet, index: int
+) -> dict[str, Any]:
+    image, label = images[index]
+    name = Path(images.name(index).strip("'")).name
+    return {"uri": thumbnail(model, processor, image), "label": images.classes[label], "name": name}
+
+
 def _cards(
-    model: TokenFormerForImageClassification, tokens: Sequence[TokenAddress], seen: "ImagesSeen | None"
+    model: TokenFormerForImageClassification,
+    tokens: Sequence[TokenAddress],
+    seen: TopImages | None,
+    numbers: Mapping[int, int],
 ) -> dict[str, dict[str, Any]]:
+    """Cards of tokens; `numbers` are those of the pictures of images."""
     layers, names = pattention_layers(model), class_names(model)
     cards: dict[str, dict[str, Any]] = {}
     for token in tokens:
-        use = {"statistics": None, "state": None, "images": []} if seen is None else seen.use(token)
+        use: dict[str, Any] = {"statistics": None, "state": None, "images": []}
+        if seen is not None:
+            use = dict(seen.tokens[str(token)])
+            use["images"] = [
+                {"image": numbers[one["index"]], "weight": one["weight"], "patch": one["patch"]}
+                for one in use["images"]
+            ]
         cards[str(token)] = {
             "address": str(token),
             "layer": token.layer,
