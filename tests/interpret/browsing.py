@@ -5,9 +5,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 
+from tokenformer.interpret.page import write_page
 from tokenformer.serving.server import listen
 
 CHROMIUM = shutil.which("chromium")
@@ -20,6 +22,19 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+def open_report(tab, payload, folder: Path):
+    """The report of a payload in a tab, drawn."""
+    write_page(payload, folder / "report.html")
+    tab.goto((folder / "report.html").as_uri())
+    tab.wait_for_selector("#main .js-plotly-plot")
+    return tab
+
+
+def percent(probability: float) -> str:
+    """A share as the page writes it."""
+    return "<0.1 %" if 0 < probability < 0.0005 else f"{100 * probability:.1f} %"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from browsing import serving
+from browsing import open_report, percent, serving
 
 from saved_model import LINES
 from tokenformer.errors import UserError
@@ -32,14 +32,7 @@ def payload(small):
 def opened(tab, payload, tmp_path):
     """The report of a payload in the browser."""
 
-    def open_report(changed=None):
-        file = tmp_path / "report.html"
-        write_page(changed or payload, file)
-        tab.goto(file.as_uri())
-        tab.wait_for_selector("#main .js-plotly-plot")
-        return tab
-
-    return open_report
+    return lambda changed=None: open_report(tab, changed or payload, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +45,6 @@ def address(small):
 def bars(tab):
     """Texts beside the bars of what comes next."""
     return tab.locator("#main .js-plotly-plot").first.locator(".bartext").all_text_contents()
-
-
-def percent(probability):
-    return "<0.1 %" if 0 < probability < 0.0005 else f"{100 * probability:.1f} %"
 
 
 # The payload within the page

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from browsing import open_report, percent
 
 from image_samples import random_image, write_class_folders
 from tiny_vision import CLASSES, tiny_classifier
 from tokenformer.images import image_processor, open_image_set
 from tokenformer.interpret import Off
-from tokenformer.interpret.page import write_page
 from tokenformer.interpret.vision import explain_image
 
 EVIL = [
@@ -32,18 +32,7 @@ def payload(tmp_path_factory):
 def opened(tab, payload, tmp_path):
     """The report of a payload in the browser."""
 
-    def open_report(changed=None):
-        file = tmp_path / "report.html"
-        write_page(changed or payload, file)
-        tab.goto(file.as_uri())
-        tab.wait_for_selector("#main .js-plotly-plot")
-        return tab
-
-    return open_report
-
-
-def percent(probability):
-    return "<0.1 %" if 0 < probability < 0.0005 else f"{100 * probability:.1f} %"
+    return lambda changed=None: open_report(tab, changed or payload, tmp_path)
 
 
 def bars(tab):
