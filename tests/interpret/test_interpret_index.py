@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from saved_model import LINES, save_model, train_tokenizer
+from tiny_vision import tiny_classifier
 from tokenformer.data import PreparedData, prepare
 from tokenformer.errors import UserError
 from tokenformer.interpret import building
@@ -126,6 +127,12 @@ def test_empty_text_is_refused_and_nothing_written(given: dict[str, Any], tmp_pa
     given["data"].write_text("", encoding="utf-8")
     with pytest.raises(UserError):
         build_index(folder=tmp_path / "index", **given)
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_classifier_reads_no_text(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="reads no text: give a language model"):
+        build_index(folder=tmp_path / "index", **{**given, "model": tiny_classifier()})
     assert not (tmp_path / "index").exists()
 
 

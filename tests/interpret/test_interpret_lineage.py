@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from saved_model import LINES, save_model, train_tokenizer
+from tiny_vision import tiny_classifier
 from tokenformer import TokenFormerForCausalLM, grow
 from tokenformer.errors import UserError
 from tokenformer.interpret.lineage import compare_lineage, kind_of_text
@@ -143,6 +144,11 @@ def test_exchanged_models_and_another_tokenizer(before: TokenFormerForCausalLM, 
     after.name_or_path = str(tmp_path / "other")
     with pytest.raises(UserError, match="'other' has another tokenizer"):
         _compare(before, after, data)
+
+
+def test_classifiers_read_no_text(data: Path) -> None:
+    with pytest.raises(UserError, match="TokenFormerForImageClassification reads no text: give a language model"):
+        _compare(tiny_classifier(), tiny_classifier(), data)
 
 
 @pytest.mark.parametrize(

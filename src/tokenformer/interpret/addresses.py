@@ -56,6 +56,16 @@ def pattention_layers(model: nn.Module) -> dict[str, Pattention]:
     return layers
 
 
+def require_language_model(model: nn.Module) -> None:
+    """See that a model reads text.
+
+    Raises:
+        UserError: it reads something else.
+    """
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise UserError(f"{type(model).__name__} reads no text: give a language model")
+
+
 def segment_modules(model: nn.Module, layer: str) -> dict[str, nn.Module]:
     """The segments of a layer by name, in the wrappers that PEFT may have put around them, and adapters with them.
 

@@ -25,6 +25,7 @@ from tokenformer.evaluation.loading import start_token
 from tokenformer.evaluation.progress import bar
 from tokenformer.evaluation.text import read_sources
 from tokenformer.folders import PARTIAL, new_folder, saving, write_atomically
+from tokenformer.interpret.addresses import require_language_model
 from tokenformer.interpret.capture import LayerRecord, capture
 from tokenformer.interpret.index import FORMAT, INDEX, Index, check_files, model_fingerprint, read_index
 from tokenformer.interpret.tallies import Tally
@@ -69,14 +70,15 @@ def build_index(
         progress: show a bar where stderr is a terminal.
 
     Raises:
-        UserError: a model without Pattention layers, with adapters or limits; data that are missing, empty or of
-            another tokenizer; a folder that holds something else, or an index of another model, other data or options;
-            a weight that is not finite; the folder cannot be written.
+        UserError: a model that reads no text, has no Pattention layers, or has adapters or limits; data that are
+            missing, empty or of another tokenizer; a folder that holds something else, or an index of another model,
+            other data or options; a weight that is not finite; the folder cannot be written.
     """
     for name, value in (("num_tokens", num_tokens), ("contexts", contexts), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
     refuse_sparse(model, "indexed")
+    require_language_model(model)
     folder, source = Path(folder), Path(model_folder or str(model.name_or_path))
     rows, name = read_rows(tokenizer, data, num_tokens=num_tokens, longest=model.config.max_position_embeddings)
     state: dict[str, Any] = {

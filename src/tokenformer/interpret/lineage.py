@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tokenformer.elastic.sizes import require_whole, segments_of
 from tokenformer.errors import UserError
 from tokenformer.evaluation.progress import bar
-from tokenformer.interpret.addresses import pattention_layers
+from tokenformer.interpret.addresses import pattention_layers, require_language_model
 from tokenformer.interpret.attribution import segment_shares
 from tokenformer.interpret.building import empty_tallies, read_rows
 from tokenformer.interpret.capture import LayerRecord, capture
@@ -175,6 +175,7 @@ def compare_lineage(
 def _check_lineage(before: PreTrainedModel, after: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     layers = [pattention_layers(model) for model in (before, after)]
     for model, found in zip((before, after), layers, strict=True):
+        require_language_model(model)
         require_whole(found)
         folder = Path(str(model.name_or_path))
         if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
