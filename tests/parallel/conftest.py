@@ -14,9 +14,11 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def launch() -> Launch:
-    """Run a script or a module (`-m NAME`) in so many processes; fails with their output unless it succeeds."""
+    """Run a script or a module (`-m NAME`) in so many processes; fails with their output unless it ends as expected."""
 
-    def run(processes: int, *command: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(
+        processes: int, *command: str, restarts: int = 0, fails: bool = False, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         # A rendezvous of its own on a port that is free.
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
         environment = os.environ | {
@@ -24,6 +26,7 @@ def launch() -> Launch:
             "OMP_NUM_THREADS": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "TOKENFORMER_TIMEOUT": "120",
+            **variables,
         }
         done = subprocess.run(
             [*torchrun, "--nproc-per-node", str(processes), *command],
@@ -32,7 +35,7 @@ def launch() -> Launch:
             text=True,
             timeout=600,
         )
-        assert done.returncode == 0, done.stderr[-6000:]
+        assert (done.returncode != 0) == fails, done.stderr[-6000:]
         return done
 
     return run

@@ -3,7 +3,9 @@
 import errno
 import json
 import random
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from disturbed_train import poisoned
 
 from tokenformer import TokenFormerForCausalLM
 from tokenformer.cli import main
 from tokenformer.data import prepare
+from tokenformer.errors import UserError
 from tokenformer.folders import saving
+from tokenformer.growth import grow_folder
+from tokenformer.parallel.heartbeat import start_heartbeat
 from tokenformer.training import Recipe, train
 from tokenformer.training.callbacks import read_metrics
 from tokenformer.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, ParallelRecipe, TrainingRecipe
+from tokenformer.training.trainer import LanguageTrainer
 
-KILLED = str(Path(__file__).with_name("killed_train.py"))
+DISTURBED = str(Path(__file__).with_name("disturbed_train.py"))
 # Sums in float32 in another order, over twelve steps of AdamW.
 ROUNDING = 1e-4
 
@@ -110,7 +117,8 @@ def test_a_killed_process_loses_nothing(folder: Path, launch: Callable[..., Any]
     assert summary["parameters"] == json.loads((folder / "one" / "summary.json").read_text())["parameters"]
 
     recipe.out = str(folder / "killed")
-    done = launch(2, KILLED, "train", file_of(recipe), "--parallel.shard", "2", restarts=1)
+    sent = {"SIGNAL": "SIGKILL", "SENT": str(folder / "sent")}
+    done = launch(2, DISTURBED, "train", file_of(recipe), "--parallel.shard", "2", restarts=1, **sent)
     assert "another process of this run ended" in done.stderr
     left, undisturbed = parameters(folder / "killed"), parameters(folder / "shard")
     assert all(torch.equal(left[name], undisturbed[name]) for name in undisturbed)
@@ -121,6 +129,81 @@ def test_a_killed_process_loses_nothing(folder: Path, launch: Callable[..., Any]
     rewound(folder / "shard", folder / "alone", 8)
     train(alone, progress=False)
     assert_same_run(folder / "alone", folder / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signal", "line"),
+    [
+        ("SIGKILL", "another process of this run ended"),
+        ("SIGSTOP", r"process 1 on \S+ gives no sign of life for \d+ s, so the run ends"),
+    ],
+)
+def test_a_process_that_dies_or_hangs_ends_the_run_within_a_minute(
+    folder: Path, launch: Callable[..., Any], signal: str, line: str
+) -> None:
+    recipe, sent = recipe_in(folder, signal), folder / f"sent-{signal}"
+    options = {"SIGNAL": signal, "SENT": str(sent), "TOKENFORMER_HEARTBEAT": "9", "fails": True}
+    done = launch(2, DISTURBED, "train", file_of(recipe), "--parallel.data", "2", **options)
+    assert time.time() - float(sent.read_text()) < 60
+    assert re.search(f"^tokenformer train.*: error: .*{line}", done.stderr, re.MULTILINE)
+    checkpoints = {path.name for path in (folder / signal / "checkpoints").iterdir()}
+    assert "checkpoint-4" in checkpoints
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_one_step(folder: Path, launch: Callable[..., Any]) -> None:
+    recipe = recipe_in(folder, "stopped")
+    options = {"SIGNAL": "SIGTERM", "SENT": str(folder / "sent-SIGTERM"), "fails": True}
+    done = launch(2, DISTURBED, "train", file_of(recipe), "--parallel.data", "2", **options)
+    assert "stopped at step 6 of 12 and saved; the same command resumes" in done.stderr
+    newest = max(int(path.name.rpartition("-")[2]) for path in (folder / "stopped" / "checkpoints").iterdir())
+    assert newest == 6
+    launch(2, "-m", "tokenformer", "train", file_of(recipe), "--parallel.data", "2")
+    assert_same_run(folder / "stopped", folder / "one")
+
+
+@pytest.mark.slow
+def test_batches_are_skipped_as_in_one_process(
+    folder: Path, launch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, together = recipe_in(folder, "skips-alone"), recipe_in(folder, "skips-together")
+    for recipe in (alone, together):
+        recipe.training.on_collapse = "skip"
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageTrainer, "compute_loss", poisoned(20, alone.data.path))
+        skips = train(alone, progress=False)["skips"]
+    assert skips  # the row is one that the run reads
+    poison = f"20 {together.data.path}"
+    launch(2, DISTURBED, "train", file_of(together), "--parallel.shard", "2", POISON=poison)
+    found = json.loads((folder / "skips-together" / "summary.json").read_text())["skips"]
+    assert [skip["skipped_batches"] for skip in found] == [list(skip["skipped_batches"]) for skip in skips]
+    assert_same_run(folder / "skips-together", folder / "skips-alone")
+
+
+@pytest.mark.slow
+def test_sizes_are_nested_as_in_one_process(folder: Path, launch: Callable[..., Any]) -> None:
+    alone, together = recipe_in(folder, "nested-alone"), recipe_in(folder, "nested-together")
+    for recipe in (alone, together):
+        recipe.training.nested = [0.5, 1.0]
+    train(alone, progress=False)
+    assert losses(folder / "nested-alone") != losses(folder / "one")
+    launch(2, "-m", "tokenformer", "train", file_of(together), "--parallel.shard", "2")
+    assert_same_run(folder / "nested-together", folder / "nested-alone")
+
+
+@pytest.mark.slow
+def test_less_memory_and_carried_moments_change_nothing(folder: Path, launch: Callable[..., Any]) -> None:
+    grow_folder(folder / "one", folder / "carried", qkv=20, output=20, ffn=64, keys="random", optimizer="carried")
+    alone, together = recipe_in(folder, "carried-alone"), recipe_in(folder, "carried-together")
+    for recipe in (alone, together):
+        recipe.model = ModelRecipe(path=str(folder / "carried"))
+        recipe.optimizer.state = "carried"
+        recipe.optimizer.old_tokens = 0.5
+    train(alone, progress=False)
+    together.training.recompute = together.training.fused_loss = True
+    launch(2, "-m", "tokenformer", "train", file_of(together), "--parallel.shard", "2")
+    assert_same_run(folder / "carried-together", folder / "carried-alone")
 
 
 @pytest.mark.slow
@@ -175,6 +258,13 @@ def test_what_cannot_run_in_parallel_is_one_line(
     assert line in error
     assert error.count("\n") == 1
     assert not Path(recipe.out).exists()
+
+
+@pytest.mark.parametrize("given", ["soon", "-1", "inf"])
+def test_the_limit_of_the_heartbeat_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("TOKENFORMER_HEARTBEAT", given)
+    with pytest.raises(UserError, match=f"TOKENFORMER_HEARTBEAT must be a number of seconds.*got '{given}'"):
+        start_heartbeat()
 
 
 def test_one_process_of_a_launch_speaks(

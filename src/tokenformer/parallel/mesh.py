@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tokenformer.errors import UserError
+from tokenformer.parallel.heartbeat import start_heartbeat
 
 DATA, SHARD, TENSOR = "data", "shard", "tensor"
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What accelerate takes for a launch of its own.
 _NOTICED = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# A process that stopped without a word is noticed after as long. Longer than any wait for each other: for the rank that
-# writes the last file of a checkpoint, and for another's first batch.
+# Longer than any wait for each other: for the rank that writes the last file of a checkpoint, and for another's first
+# batch. A process that hangs is noticed sooner (heartbeat.py).
 _TIMEOUT_SECONDS = 600.0
 _LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
@@ -101,6 +102,8 @@ class Ranks:
                 timeout=timedelta(seconds=seconds),
                 **_meeting_point(),
             )
+            if launched_processes() > 1:
+                start_heartbeat()
         sizes = (layout.data, layout.shard, layout.tensor)
         self.mesh: DeviceMesh = init_device_mesh(device.type, sizes, mesh_dim_names=(DATA, SHARD, TENSOR))
         self.rank = dist.get_rank()
