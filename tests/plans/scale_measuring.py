@@ -58,8 +58,11 @@ def measure(case):
     mesh = init_device_mesh("cpu", case["layout"], mesh_dim_names=("data", "shard", "tensor"))
     torch.manual_seed(0)
     model = TokenFormerForCausalLM(TokenFormerConfig(**case["config"])).train()
-    if case["recomputed"]:
+    if "gradient_checkpointing" in case["saving"]:
         model.gradient_checkpointing_enable()
+    if "recompute" in case["saving"]:
+        model.set_recompute()
+    model.fused_loss = "fused_loss" in case["saving"]
     shard_model(model, SimpleNamespace(layout=layout, mesh=mesh))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     tracker = MemTracker()

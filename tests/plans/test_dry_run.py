@@ -1,6 +1,7 @@
 """The estimates of a dry run against what torch keeps and writes, and its sums against sums by hand."""
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tokenformer.data import prepare
 from tokenformer.errors import UserError
 from tokenformer.plans import estimate
 from tokenformer.plans.dry_run import dry_run
-from tokenformer.plans.estimate import activation_bytes_per_token, checkpoint_bytes, training_memory
+from tokenformer.plans.estimate import block_bytes_per_token, checkpoint_bytes, training_memory
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -85,8 +86,9 @@ def test_activations_are_the_tensors_that_autograd_saves(config: PreTrainedConfi
     kept = sum(storage.nbytes() for storage in saved.values())
     if precision == "bf16":  # the copies of weights, which the estimate counts as weights
         kept -= 2 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    # The estimate includes the gradients that follow: 8 bytes for each logit.
-    estimated = ids.numel() * (activation_bytes_per_token(config, precision) - 8 * config.vocab_size)
+    h = 4 if precision == "fp32" else 2
+    head = (4 + h) * config.hidden_size + 4 * config.vocab_size
+    estimated = ids.numel() * (config.num_hidden_layers * block_bytes_per_token(config, precision) + head)
     assert estimated == pytest.approx(kept, rel=0.05)
 
 
@@ -143,13 +145,68 @@ def test_memory_is_the_peak_of_a_training_step(
         recompute=recomputed == "weights",
     )
     assert memory.moments == 2 * memory.gradients == 8 * total
-    # Where blocks are recomputed, the peak lies inside of one, among short-lived gradients that are not estimated.
-    assert memory.total == pytest.approx(peak, rel=0.15 if recomputed is True else 0.02)
+    # Where the blocks of a Transformer are recomputed, the peak lies among short-lived gradients, not estimated.
+    is_transformer = recomputed is True and config.model_type == "gpt_neox"
+    assert memory.total == pytest.approx(peak, rel=0.15 if is_transformer else 0.02)
+
+
+SAVING = [
+    options
+    for count in range(4)
+    for options in itertools.combinations(("gradient_checkpointing", "recompute", "fused_loss"), count)
+]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("saving", SAVING, ids="+".join)
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        (_tokenformer(1024, 256, 4, 128, (256, 192, 1024)), 4),
+        (_tokenformer(16384, 128, 2, 128, (128, 128, 512)), 8),
+        (_tokenformer(512, 64, 4, 128, (512, 512, 4096)), 4),
+        (_tokenformer(4096, 192, 3, 128, (192, 192, 768), (100, 80, 900)), 4),
+    ],
+    ids=["even", "large vocabulary", "many tokens", "grown"],
+)
+def test_what_saves_memory_saves_as_much(
+    config: PreTrainedConfig, rows: int, saving: tuple[str, ...], precision: str
+) -> None:
+    """Forward and backward pass alone: a step of the optimizer may need more, which `adamw_torch_fused` does not."""
+    model = AutoModelForCausalLM.from_config(config).train()
+    if "gradient_checkpointing" in saving:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if "recompute" in saving:
+        model.set_recompute()
+    model.fused_loss = "fused_loss" in saving
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for _ in range(2):
+            ids = torch.randint(config.vocab_size, (rows, config.max_position_embeddings))
+            with _autocast(precision):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            tracker.reset_mod_stats()
+        peak = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+    total = sum(p.numel() for p in model.parameters())
+    memory = training_memory(
+        config,
+        parameters=total,
+        non_embedding_parameters=total - model.get_input_embeddings().weight.numel(),
+        rows=rows,
+        sequence_length=config.max_position_embeddings,
+        precision=precision,
+        **dict.fromkeys(saving, True),
+    )
+    assert memory.total == pytest.approx(peak, rel=0.03)
 
 
 def test_no_estimate_for_other_kinds_of_model() -> None:
     with pytest.raises(ValueError, match="gpt2"):
-        activation_bytes_per_token(GPT2Config(), "fp32")
+        block_bytes_per_token(GPT2Config(), "fp32")
 
 
 def test_checkpoint_has_the_size_of_its_files(tmp_path: Path) -> None:

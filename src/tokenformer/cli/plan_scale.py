@@ -7,6 +7,8 @@ from typing import Any
 from tokenformer.cli.parser import Parser, add_signature
 from tokenformer.errors import UserError
 
+# What a recipe does to save memory, in the words of the table's heading.
+_SAVING = {"gradient_checkpointing": "blocks recomputed", "recompute": "weights recomputed", "fused_loss": "fused loss"}
 _USAGE = "tokenformer plan-scale [RECIPE.yaml] [--processes N] [--field value ...]"
 _EXAMPLE = """\
   tokenformer plan-scale recipes/language/pile-1.5B.yaml --processes 8 --gpu h100
@@ -59,7 +61,7 @@ def _show(plan: dict[str, Any]) -> None:
     console.print(
         f"{count_text(plan['parameters'])} parameters ({count_text(plan['non_embedding_parameters'])} without "
         f"embedding), {plan['precision']}, {plan['batch_size']:,} rows of {plan['sequence_length']:,} tokens a step, "
-        f"{count_text(plan['tokens'])} tokens" + (", blocks recomputed" if plan["gradient_checkpointing"] else "")
+        + ", ".join([f"{count_text(plan['tokens'])} tokens", *(text for name, text in _SAVING.items() if plan[name])])
     )
     table = Table(box=box.SIMPLE)
     for name in ("data", "shard", "tensor", "rows", "memory", "weights", "activations", "gathered", "sent a step"):

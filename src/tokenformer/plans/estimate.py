@@ -42,7 +42,7 @@ class Memory:
         weights: in float32, and under autocast their copies in half precision.
         gradients: in float32.
         moments: both of AdamW, in float32.
-        activations: what one micro-batch keeps for the backward pass, and the gradients of its logits.
+        activations: what one micro-batch keeps for the backward pass, and the gradients that are there at the peak.
         average: the moving average of the weights, in float32, where one is kept.
     """
 
@@ -54,7 +54,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All together, which is the peak: at the start of a backward pass."""
+        """All together, which is the peak."""
         return self.weights + self.gradients + self.moments + self.activations + self.average
 
 
@@ -68,6 +68,7 @@ def training_memory(
     precision: str,
     gradient_checkpointing: bool = False,
     recompute: bool = False,
+    fused_loss: bool = False,
 ) -> Memory:
     """Memory to train a TokenFormer or GPTNeoX on micro-batches of `rows`.
 
@@ -79,20 +80,23 @@ def training_memory(
         sequence_length: tokens of a sequence.
         precision: fp32, bf16 or fp16.
         gradient_checkpointing: blocks are recomputed in the backward pass.
-        recompute: and so are the weights over parameter tokens, from their scores.
+        recompute: the weights over parameter tokens are made again from their scores.
+        fused_loss: the logits of a few positions are there at a time.
     """
-    # All weights of products, the output embedding among them, are kept in half precision for the backward pass; but
-    # with `recompute` the values, half of what is in tokens, are made into it again.
-    copied = non_embedding_parameters // 2 if recompute else non_embedding_parameters
-    cast = 0 if precision == "fp32" else 2 * (copied + config.vocab_size * config.hidden_size)
-    per_token = activation_bytes_per_token(
-        config, precision, gradient_checkpointing=gradient_checkpointing, recompute=recompute
+    peak = training_peak(
+        config,
+        precision,
+        rows * sequence_length,
+        block_weights=non_embedding_parameters // config.num_hidden_layers,
+        gradient_checkpointing=gradient_checkpointing,
+        recompute=recompute,
+        fused_loss=fused_loss,
     )
     return Memory(
-        weights=_FLOAT32 * parameters + cast,
+        weights=_FLOAT32 * parameters + peak.copies,
         gradients=_FLOAT32 * parameters,
         moments=2 * _FLOAT32 * parameters,
-        activations=rows * sequence_length * per_token,
+        activations=peak.activations,
     )
 
 
@@ -102,6 +106,7 @@ def image_training_memory(
     images: int,
     precision: str,
     gradient_checkpointing: bool = False,
+    recompute: bool = False,
     average: bool = False,
 ) -> Memory:
     """Memory to train a TokenFormer or ViT that classifies images, on micro-batches of `images`.
@@ -111,12 +116,18 @@ def image_training_memory(
         images: of a micro-batch.
         precision: fp32, bf16 or fp16.
         gradient_checkpointing: blocks are recomputed in the backward pass.
+        recompute: the weights over parameter tokens are made again from their scores.
         average: a moving average of the weights is kept.
     """
     parameters = model.num_parameters()
-    per_image = activation_bytes_per_image(model.config, precision, gradient_checkpointing=gradient_checkpointing)
+    per_image = activation_bytes_per_image(
+        model.config, precision, gradient_checkpointing=gradient_checkpointing, recompute=recompute
+    )
+    copied = parameters
+    if recompute:  # the values are made into half precision again
+        copied -= sum(p.numel() for name, p in model.named_parameters() if name.endswith(".value"))
     return Memory(
-        weights=(_FLOAT32 + (0 if precision == "fp32" else 2)) * parameters,
+        weights=_FLOAT32 * parameters + (0 if precision == "fp32" else 2 * copied),
         gradients=_FLOAT32 * parameters,
         moments=2 * _FLOAT32 * parameters,
         activations=images * per_image,
@@ -124,41 +135,109 @@ def image_training_memory(
     )
 
 
-def activation_bytes_per_token(
-    config: PreTrainedConfig, precision: str, *, gradient_checkpointing: bool = False, recompute: bool = False
-) -> int:
-    """Bytes that the forward pass keeps for the backward pass, and that this begins with, per token of input.
+@dataclass(frozen=True)
+class Peak:
+    """What a training step holds where most is held, besides weights, their gradients and the moments.
 
-    With L layers, D channels, V vocabulary, N parameter tokens of a block (3 n_qkv + n_output + n_ffn) and h bytes of
-    a number in products (4, or 2 in half precision):
+    Attributes:
+        copies: bytes of the weights in half precision that the backward pass keeps.
+        activations: bytes of what the forward pass keeps for it, and of gradients that are on their way.
+    """
 
-    - A TokenFormer block keeps the inputs of its two norms in float32 (8 D); the inputs of its products (D h each): one
-      for query, key and value, one for the output, one for the ffn, but in half precision a copy for every Pattention
-      and segment; query, key, value and result of the token-token attention (4 D h); and for each parameter token the
-      score and the weight in h bytes, and the score times tau over the norm in float32: N (2 h + 4).
-      With `recompute`, the score alone: N h.
-    - A GPTNeoX block with F units keeps the input of both norms (4 D), their outputs, the packed query, key and value,
-      query and key after rotation, and the result of attention twice (9 D h), and its units before and after the
-      activation (2 F h).
-    - The head keeps the input of the final norm (4 D) and of the product (D h), and the log-probabilities (4 V); their
-      gradient and that of the logits (8 V) are there before anything is released.
-    - With checkpointing, every block keeps its input (4 D), and either the head or one block at a time the rest.
+    copies: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.copies + self.activations
+
+
+def training_peak(config: PreTrainedConfig, precision: str, positions: int, **options: Any) -> Peak:
+    """The larger of `training_phases`, whose arguments these are."""
+    return max(training_phases(config, precision, positions, **options), key=lambda phase: phase.total)
+
+
+def training_phases(
+    config: PreTrainedConfig,
+    precision: str,
+    positions: int,
+    *,
+    block_weights: int,
+    gradient_checkpointing: bool = False,
+    recompute: bool = False,
+    fused_loss: bool = False,
+    tensor: int = 1,
+) -> tuple[Peak, Peak, Peak]:
+    """Where the backward pass begins, in its first feed-forward layer, and where it ends: one of these is the peak.
+
+    With L layers, D channels, V vocabulary, R positions, n parameter tokens of the largest segment of the ffn, and h
+    bytes of a number in products (4, or 2 in half precision):
+
+    - All along the blocks keep what they need (`block_bytes_per_token`); with checkpointing their inputs (4 D R) alone,
+      and in the feed-forward layer one block the rest.
+    - In half precision the weights of products are kept as copies of 2 bytes: those of all blocks, with checkpointing
+      of the one that is there; with `recompute` only the keys, half of them.
+    - At the beginning the head has kept the input of the final norm (4 D R), that of the product (D h R) and the
+      log-probabilities (4 V R); their gradient and that of the logits (8 V R) are there, and in half precision the copy
+      of the head. With `fused_loss` instead the gradient of the head in float32 and once more, scaled (8 V D), the
+      output of the norm, and its gradient likewise (16 D R with its input).
+    - In the feed-forward layer gradients of n weights and scores are there, and what was made again: 4 n R in float32
+      and 8 n R in half precision, with `recompute` 12 n R and 14 n R; in float32 a gradient of its keys or values
+      (4 n D); and that of a tied head waits for the embedding's (4 V D).
+    - At the end these two and their sum are there (12 V D); of an embedding of its own, its gradient.
+
+    Args:
+        config: of a TokenFormer or GPTNeoX; of the latter the beginning alone is known.
+        precision: fp32, bf16 or fp16.
+        positions: R, of a micro-batch.
+        block_weights: parameters of a block, of this process.
+        gradient_checkpointing: blocks are recomputed in the backward pass.
+        recompute: the weights over parameter tokens are made again from their scores.
+        fused_loss: the logits of a few positions are there at a time.
+        tensor: processes that share the parameter tokens.
 
     Raises:
         ValueError: a model of another kind.
     """
-    d, h = config.hidden_size, _bytes_in_products(precision)
-    block = _block_bytes_per_token(config, precision, recompute)
-    head = (_FLOAT32 + h) * d + 3 * _FLOAT32 * config.vocab_size
-    if gradient_checkpointing:
-        return config.num_hidden_layers * _FLOAT32 * d + max(block, head)
-    return config.num_hidden_layers * block + head
+    d, v, h = config.hidden_size, config.vocab_size, _bytes_in_products(precision)
+    layers, half = config.num_hidden_layers, precision != "fp32"
+    block = positions * block_bytes_per_token(config, precision, recompute=recompute, tensor=tensor)
+    copy = 0 if not half else block_weights if recompute else 2 * block_weights
+    kept = layers * (_FLOAT32 * d * positions if gradient_checkpointing else block)
+    head = positions * ((_FLOAT32 + h) * d + 3 * _FLOAT32 * v)
+    if fused_loss:
+        head = 2 * _FLOAT32 * v * d + 4 * _FLOAT32 * d * positions
+    begin = Peak(
+        copies=(0 if gradient_checkpointing else layers * copy) + (2 * v * d if half and not fused_loss else 0),
+        activations=kept + head,
+    )
+    waiting = _FLOAT32 * v * d if config.tie_word_embeddings else 0
+    inside = Peak(
+        copies=copy * (1 if gradient_checkpointing else layers),
+        activations=kept
+        + (block if gradient_checkpointing else 0)
+        + _feed_forward_gradients(config, precision, positions, recompute=recompute) // tensor
+        + waiting,
+    )
+    return begin, inside, Peak(copies=0, activations=(3 if config.tie_word_embeddings else 1) * _FLOAT32 * v * d)
 
 
-def activation_bytes_per_image(config: Any, precision: str, *, gradient_checkpointing: bool = False) -> int:
+def _feed_forward_gradients(config: PreTrainedConfig, precision: str, positions: int, *, recompute: bool) -> int:
+    if not isinstance(config, SegmentedConfig):
+        return 0
+    largest = max(segment["ffn"] for segment in config.segments)
+    if precision == "fp32":
+        return largest * (positions * (12 if recompute else 4) + _FLOAT32 * config.hidden_size)
+    return largest * positions * (14 if recompute else 8)
+
+
+def activation_bytes_per_image(
+    config: Any, precision: str, *, gradient_checkpointing: bool = False, recompute: bool = False
+) -> int:
     """Bytes that the forward pass keeps for the backward pass, and that are added in its first block, per image.
 
-    In the terms of `activation_bytes_per_token`, with T patches and class token, P pixels of C channels and K classes:
+    In the terms of `block_bytes_per_token`, with T patches and class token, P pixels of C channels and K classes:
 
     - A TokenFormer block is that of a language model, but for the result of attention, which is the input of the output
       without a copy.
@@ -170,17 +249,19 @@ def activation_bytes_per_image(config: Any, precision: str, *, gradient_checkpoi
     - The head keeps the input of the final norm (4 T D), and in float32 with a class token its output too, of which it
       reads one row; then logits, log-probabilities and the gradient of either (12 K).
     - The head is small, so the peak lies in the feed-forward of the last block, at the gradients of its scores and
-      weights, or of its units before and after the activation.
+      weights (N_ffn (4 + h), with `recompute` N_ffn 12 or 14 in half precision), or of its units before and after the
+      activation.
     - With checkpointing, every block keeps its input (4 T D), and one block at a time the rest.
 
     Raises:
         ValueError: a model of another kind.
     """
     d, h = config.hidden_size, _bytes_in_products(precision)
-    block = _block_bytes_per_token(config, precision)  # raises
+    block = block_bytes_per_token(config, precision, recompute=recompute)  # raises
     if isinstance(config, TokenFormerVisionConfig):
         block -= d * h * (1 if precision == "fp32" else len(config.segments))
-        gradients = config.num_tokens("ffn") * (_FLOAT32 + h)
+        again = 12 if h == _FLOAT32 else 14
+        gradients = config.num_tokens("ffn") * (again if recompute else _FLOAT32 + h)
     else:
         gradients = 2 * config.intermediate_size * h
     tokens = tokens_per_image(config)
@@ -196,12 +277,29 @@ def _bytes_in_products(precision: str) -> int:
     return _FLOAT32 if precision == "fp32" else 2
 
 
-def _block_bytes_per_token(config: PreTrainedConfig, precision: str, recompute: bool = False) -> int:
+def block_bytes_per_token(config: PreTrainedConfig, precision: str, *, recompute: bool = False, tensor: int = 1) -> int:
+    """Bytes that the forward pass of a block keeps for the backward pass, per token of input.
+
+    With D channels, N parameter tokens of a block (3 n_qkv + n_output + n_ffn) and h bytes of a number in products:
+
+    - A TokenFormer block keeps the inputs of its two norms in float32 (8 D); the inputs of its products (D h each): one
+      for query, key and value, one for the output, one for the ffn, but in half precision a copy for every Pattention
+      and segment; query, key, value and result of the token-token attention (4 D h); and for each parameter token the
+      score and the weight in h bytes, and the score times tau over the norm in float32: N (2 h + 4).
+      With `recompute`, the score alone: N h. Of these, each process of `tensor` has its part.
+    - A GPTNeoX block with F units keeps the input of both norms (4 D), their outputs, the packed query, key and value,
+      query and key after rotation, and the result of attention twice (9 D h), and its units before and after the
+      activation (2 F h).
+
+    Raises:
+        ValueError: a model of another kind.
+    """
     d, h = config.hidden_size, _bytes_in_products(precision)
     if isinstance(config, SegmentedConfig):
         tokens = 3 * config.num_tokens("qkv") + config.num_tokens("output") + config.num_tokens("ffn")
         inputs = 3 if precision == "fp32" else 5 * len(config.segments)
-        return 2 * _FLOAT32 * d + (inputs + 4) * d * h + tokens * (h if recompute else 2 * h + _FLOAT32)
+        of_tokens = tokens * (h if recompute else 2 * h + _FLOAT32)
+        return 2 * _FLOAT32 * d + (inputs + 4) * d * h + -(-of_tokens // tensor)
     if isinstance(config, GPTNeoXConfig):
         return _FLOAT32 * d + 9 * d * h + 2 * config.intermediate_size * h
     if isinstance(config, ViTConfig):

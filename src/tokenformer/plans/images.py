@@ -198,6 +198,7 @@ class ImagePlans(PlanTask[ImagePlan]):
             images=rows,
             precision=precision,
             gradient_checkpointing=resolved.training.gradient_checkpointing,
+            recompute=resolved.training.recompute,
             average=resolved.training.ema > 0,
         )
 

@@ -224,6 +224,7 @@ class LanguagePlans(PlanTask[Plan]):
             precision=precision,
             gradient_checkpointing=resolved.training.gradient_checkpointing,
             recompute=resolved.training.recompute,
+            fused_loss=resolved.training.fused_loss,
         )
 
     def measured_rate(self, resolved: ResolvedStage, precision: str) -> float:

@@ -17,7 +17,7 @@ from tokenformer.errors import UserError
 from tokenformer.hardware import accelerator_peak
 from tokenformer.models import TokenFormerConfig
 from tokenformer.parallel.mesh import Layout
-from tokenformer.plans.estimate import activation_bytes_per_token, assumed_precision
+from tokenformer.plans.estimate import assumed_precision, training_phases
 from tokenformer.training.building import model_config
 from tokenformer.training.recipe import Recipe
 
@@ -70,7 +70,9 @@ class Shape:
         sequence_length: positions of a row.
         batch_size: rows of a step, of all processes.
         precision: fp32, bf16 or fp16.
-        recomputed: blocks are recomputed in the backward pass.
+        gradient_checkpointing: blocks are recomputed in the backward pass.
+        recompute: the weights over parameter tokens are made again from their scores.
+        fused_loss: the logits of a few positions are there at a time.
     """
 
     config: TokenFormerConfig
@@ -78,7 +80,9 @@ class Shape:
     sequence_length: int
     batch_size: int
     precision: str
-    recomputed: bool
+    gradient_checkpointing: bool = False
+    recompute: bool = False
+    fused_loss: bool = False
 
     @property
     def block_tokens(self) -> int:
@@ -112,36 +116,37 @@ def rank_memory(shape: Shape, layout: Layout) -> dict[str, int]:
     """Bytes that one process holds at the peak of a training step, by what they are.
 
     - `parameters`, `gradients` and `moments`: 4, 4 and 8 bytes for each of P / (t s) + E / s.
-    - `copies`: the weights in half precision that the backward pass keeps, 2 (P / t + E): they are made of what was
-      gathered, and are not cut over `shard`. With recomputation, those of a block and the head.
-    - `activations`: those of one device (`activation_bytes_per_token`), with 1 / t of what belongs to parameter tokens.
-    - `gathered`: 4 E, and the blocks that are there whole, 4 p / t each: one where the backward pass begins. Inside a
-      block that is recomputed there are four: itself, the next one, its gradients, and these once more on their way.
+    - `copies` and `activations`: those of one device (`training_phases`), 1 / t of what belongs to parameter tokens.
+      They are made of what was gathered, and are not cut over `shard`.
+    - `gathered`: 4 E; and with `shard` the blocks that are there whole, 4 p / t each: one where the backward pass
+      begins, inside a block itself and its gradients, and the next one too where blocks are recomputed. Gradients that
+      `data` sums are there once more.
 
-    The peak lies where the backward pass begins, or in a block, whichever is higher.
+    The peak lies where the backward pass begins, in a block, or where it ends, whichever is highest.
     """
     t, s = layout.tensor, layout.shard
-    blocks, half = shape.config.num_hidden_layers, shape.precision != "fp32"
+    blocks = shape.config.num_hidden_layers
     block = shape.block_parameters // t
     own = blocks * block // s + shape.embedding_parameters // s
-    positions = shape.rows * shape.sequence_length
-    kept = blocks if not shape.recomputed else 1
-    fixed = {"parameters": _FLOAT32 * own, "gradients": _FLOAT32 * own, "moments": 2 * _FLOAT32 * own}
-    fixed["copies"] = 2 * (kept * block + shape.embedding_parameters) if half else 0
     whole = _FLOAT32 * shape.embedding_parameters if layout.batch_parts > 1 else 0
-    gathered = _FLOAT32 * block if s > 1 else 0
-    per_token = activation_bytes_per_token(shape.config, shape.precision, gradient_checkpointing=shape.recomputed)
-    size = 2 if half else _FLOAT32
-    cut = kept * shape.block_tokens * (2 * size + _FLOAT32)
-    activations = positions * (per_token - cut + -(-cut // t))
-    head = positions * ((_FLOAT32 + size) * shape.config.hidden_size + 3 * _FLOAT32 * shape.config.vocab_size)
-    begin = {"activations": activations, "gathered": whole + gathered}
-    # The head is done, and its gradient is there whole.
-    inside = {
-        "activations": activations if shape.recomputed else activations - head,
-        "gathered": 2 * whole + 4 * gathered,
-    }
-    return fixed | max(begin, inside, key=lambda part: sum(part.values()))
+    begin, inside, end = training_phases(
+        shape.config,
+        shape.precision,
+        shape.rows * shape.sequence_length,
+        block_weights=block,
+        gradient_checkpointing=shape.gradient_checkpointing,
+        recompute=shape.recompute,
+        fused_loss=shape.fused_loss,
+        tensor=t,
+    )
+    sharded, summed = int(s > 1), int(layout.data > 1)
+    there = sharded, (3 if shape.gradient_checkpointing else 2) * sharded + summed, sharded + summed
+    parts = [
+        dataclasses.asdict(phase) | {"gathered": whole + _FLOAT32 * block * count}
+        for phase, count in zip((begin, inside, end), there, strict=True)
+    ]
+    fixed = {"parameters": _FLOAT32 * own, "gradients": _FLOAT32 * own, "moments": 2 * _FLOAT32 * own}
+    return fixed | max(parts, key=lambda part: sum(part.values()))
 
 
 def step_traffic(shape: Shape, layout: Layout) -> dict[str, int]:
@@ -165,7 +170,7 @@ def step_traffic(shape: Shape, layout: Layout) -> dict[str, int]:
     channels = shape.config.hidden_size
     forward = _LAYERS * (channels * size + _FLOAT32)
     backward = channels * ((_LAYERS - 1) * _FLOAT32 + size) + _LAYERS * _FLOAT32
-    passes = 2 if shape.recomputed else 1
+    passes = 2 if shape.gradient_checkpointing else 1
     tensor = 2 * shape.config.num_hidden_layers * positions * (passes * forward + backward)
     return {
         "gather": rounds * _FLOAT32 * (2 * tokens + rest) * (s - 1) // s,
@@ -199,7 +204,7 @@ def step_time(shape: Shape, layout: Layout, machines: Machines) -> dict[str, flo
     _, peak = accelerator_peak(machines.gpu)
     positions = shape.batch_size * shape.sequence_length
     flops = positions * shape.flops_per_token
-    again = 4 / 3 if shape.recomputed else 1.0
+    again = 4 / 3 if shape.gradient_checkpointing else 1.0
     compute = again * flops / (layout.processes * peak * machines.mfu)
     traffic = step_traffic(shape, layout)
     tensor = traffic["tensor"] / _speed(layout.tensor, machines)
@@ -271,7 +276,9 @@ def plan_scale(
             sequence_length=length,
             batch_size=training.batch_size,
             precision=assumed_precision(training.precision, on_cpu=False),
-            recomputed=training.gradient_checkpointing,
+            gradient_checkpointing=training.gradient_checkpointing,
+            recompute=training.recompute,
+            fused_loss=training.fused_loss,
         )
         if processes is not None and (not rows or training.batch_size % (rows * layout.batch_parts)):
             continue
@@ -287,7 +294,9 @@ def plan_scale(
         "non_embedding_parameters": shape.parameters - config.vocab_size * config.hidden_size,
         "flops_per_token": shape.flops_per_token,
         "precision": shape.precision,
-        "gradient_checkpointing": shape.recomputed,
+        "gradient_checkpointing": shape.gradient_checkpointing,
+        "recompute": shape.recompute,
+        "fused_loss": shape.fused_loss,
         "sequence_length": length,
         "batch_size": training.batch_size,
         "tokens": training.tokens,
