@@ -193,6 +193,15 @@ def test_sizes_are_nested_as_in_one_process(folder: Path, launch: Callable[..., 
 
 
 @pytest.mark.slow
+def test_blocks_that_are_compiled_give_the_same_losses(folder: Path, launch: Callable[..., Any]) -> None:
+    recipe = recipe_in(folder, "compiled")
+    options = ["--parallel.shard", "2", "--training.compile", "on"]
+    launch(2, "-m", "tokenformer", "train", file_of(recipe), *options)
+    assert json.loads((folder / "compiled" / "summary.json").read_text())["compile_seconds"] > 0
+    assert_same_run(folder / "compiled", folder / "one")
+
+
+@pytest.mark.slow
 def test_less_memory_and_carried_moments_change_nothing(folder: Path, launch: Callable[..., Any]) -> None:
     grow_folder(folder / "one", folder / "carried", qkv=20, output=20, ffn=64, keys="random", optimizer="carried")
     alone, together = recipe_in(folder, "carried-alone"), recipe_in(folder, "carried-together")
@@ -245,7 +254,6 @@ def test_the_layout_must_be_what_was_started(folder: Path, capsys: pytest.Captur
         (["--parallel.data", "3"], "training.batch_size 8 is not a multiple of parallel.data 3"),
         (["--parallel.shard", "2", "--training.micro_batch_size", "8"], "x training.micro_batch_size 8"),
         (["--parallel.tensor", "0"], "parallel.tensor must be positive, got 0"),
-        (["--parallel.shard", "2", "--training.compile", "on"], "training.compile on"),
         (["--parallel.tensor", "2", "--training.nested", "[0.5, 1]"], "training.nested"),
     ],
 )

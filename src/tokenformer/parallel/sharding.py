@@ -53,7 +53,7 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
         # One dimension where one will do: HSDP is a second reduction.
         inner = mesh[DATA, SHARD] if layout.data > 1 else mesh[SHARD]
         place = _along_channels(model) if layout.tensor > 1 else None
-        for block in _blocks(model):
+        for block in blocks_of(model):
             fully_shard(block, mesh=inner, shard_placement_fn=place)
         fully_shard(model, mesh=inner, shard_placement_fn=place)
     return model
@@ -97,7 +97,7 @@ def _along_channels(model: nn.Module) -> Any:
     return lambda parameter: Shard(1) if id(parameter) in tokens else Shard(0)
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that are gathered one at a time."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return (module for module in model.modules() if type(module).__name__ in names)

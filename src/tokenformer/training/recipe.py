@@ -252,7 +252,7 @@ class StepsRecipe:
         batch_size: rows (sequences or images) per optimizer step.
         micro_batch_size: rows per forward pass; the batch itself if not given.
         precision: auto takes bf16 where the hardware multiplies it fast, else fp32; fp16 needs a GPU.
-        compile: torch.compile; auto compiles when the run is long enough to earn the compile time back.
+        compile: torch.compile; auto compiles when the run is long enough to earn the compile time back, in one process.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
         recompute: keep the scores of parameter tokens alone for the backward pass, which makes their weights again:
             saves less than gradient_checkpointing, at a far smaller cost, and goes with it.
@@ -367,10 +367,6 @@ class Recipe(RunRecipe):
             return
         if self.training.precision == "fp16":
             raise UserError("training.precision fp16 trains in one process: use bf16 or fp32 with parallel")
-        if self.training.compile == "on":
-            raise UserError(
-                "training.compile on: what runs in several processes is not compiled; set it to auto or off"
-            )
         if self.training.nested and self.parallel.tensor > 1:
             raise UserError(
                 "training.nested takes the first tokens of each layer, which parallel.tensor gives to one process: "

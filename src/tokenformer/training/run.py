@@ -38,7 +38,7 @@ from tokenformer.parallel.mesh import (
     use_one_gpu,
 )
 from tokenformer.parallel.opening import lay_out
-from tokenformer.parallel.sharding import check_model
+from tokenformer.parallel.sharding import blocks_of, check_model
 from tokenformer.training.callbacks import (
     METRICS_FILE,
     AnnealScale,
@@ -351,18 +351,22 @@ def _arguments(recipe: Recipe | ImageRecipe, task: Task, precision: str, device:
 
 def _compile(trainer: RunTrainer, recipe: Recipe | ImageRecipe, task: Task) -> float:
     """Compile the model and try one step; go on without where that fails. Returns the seconds it took."""
-    choice, device = recipe.training.compile, trainer.args.device
-    if trainer.ranks is not None:
+    choice, device, ranks = recipe.training.compile, trainer.args.device, trainer.ranks
+    if choice == "off":
         return 0.0
-    if choice == "off" or (choice == "auto" and not _compile_pays(task.done(task.steps)["flops"], device)):
+    # Over several processes only where it is asked for: what it brings there has not been measured.
+    if choice == "auto" and (ranks is not None or not _compile_pays(task.done(task.steps)["flops"], device)):
         return 0.0
     if task.nesting is not None and not task.nesting.few_sizes:
         return 0.0
     model = cast(torch.nn.Module, trainer.model)
+    # What gathers the parameters of a block and sums its gradients stays outside of what is compiled.
+    compiled = [model] if ranks is None else list(blocks_of(model))
     started = time.perf_counter()
     torch.compiler.reset()  # a process that has compiled several models would give up on the next one
     try:
-        model.compile(dynamic=False)
+        for module in compiled:
+            module.compile(dynamic=False)
         model.train()
         # Each size is a program of its own, made here and not in the midst of training.
         for sizes in [{}] if task.nesting is None else map(task.nesting.sizes, task.nesting.shares):
@@ -372,7 +376,8 @@ def _compile(trainer: RunTrainer, recipe: Recipe | ImageRecipe, task: Task) -> f
         if choice == "on":
             raise UserError(f"torch.compile failed ({_first_line(error)}): set training.compile to off") from error
         sys.stderr.write(f"torch.compile failed, going on without it: {_first_line(error)}\n")
-        model._compiled_call_impl = None
+        for module in compiled:
+            module._compiled_call_impl = None
     model.zero_grad()
     return time.perf_counter() - started
 
