@@ -263,11 +263,16 @@ def shares_of(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: (output * whole).sum(-1) / size for name, output in outputs.items()}
 
 
+def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Nats (B, T - 1) of each token of rows (B, T) but the first, given those before it, by logits (B, T, V)."""
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1)
+
+
 def row_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss (B,) in nats of each row (B, T), part of the graph of the logits."""
-    exact = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    losses = nn.functional.cross_entropy(exact.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(input_ids), -1).mean(-1)
+    return token_losses(logits, input_ids).mean(-1)
 
 
 def _at_positions(layer: LayerTrace, directions: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tokenformer.errors import UserError
+from tokenformer.interpret.attribution import token_losses
 from tokenformer.interpret.intervention import Change, intervene
-from tokenformer.interpret.text import predictions, text_ids, token_losses
+from tokenformer.interpret.text import predictions, text_ids
 
 
 @torch.no_grad()

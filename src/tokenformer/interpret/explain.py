@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tokenformer.errors import UserError
 from tokenformer.interpret.addresses import TokenAddress, pattention_layers
-from tokenformer.interpret.attribution import LayerTrace, Trace, shares_of, trace
+from tokenformer.interpret.attribution import LayerTrace, Trace, shares_of, token_losses, trace
 from tokenformer.interpret.intervention import Change, intervene, measured_ablation
 from tokenformer.interpret.lens import READING, WRITING, nearest_by, promoted_by
 from tokenformer.interpret.payload import (
@@ -31,7 +31,7 @@ from tokenformer.interpret.payload import (
     target_of,
     use_of,
 )
-from tokenformer.interpret.text import piece, predictions, text_ids, token_losses
+from tokenformer.interpret.text import piece, predictions, text_ids
 from tokenformer.models.loading import num_entries
 from tokenformer.models.modeling_tokenformer import TokenFormerForCausalLM
 from tokenformer.tuning.adapters import kind_of
@@ -88,7 +88,22 @@ def explain_text(
         changes: to make; what the model predicts with them is given beside what it predicts without.
 
     Returns:
-        The explanation: lists, dictionaries, strings and finite numbers only.
+        Lists, dictionaries, strings and finite numbers only:
+
+        `model`: `name`, `parameters`, `layers` with their `kind`, `block` and `segments`.
+        `text`: of each token of it `pieces`, `ids` and `loss` in nats (None of the first); `loss`, the mean of these.
+        `position`, `target` (`id`, `piece`, `probability`, `logit`): what is explained.
+        `positions`: of each token of the text the `predictions` behind it and the `layers`, each with `shares` of the
+        segments and the strongest `tokens` (`address`, `weight`, and `direct`, the contribution to the likeliest next
+        token's logit, or None).
+        `attribution`: the parameter tokens that move the target's logit most: `address`, `weight` at the position,
+        `gradient`, `direct` or None, `measured` or None.
+        `layers`: how much the tokens of each raise and lower it in all.
+        `ablations`: by address of those that were measured, `loss` and `predictions` at all positions without them.
+        `changes`: None, or the `changes` that were made, `predictions` and `loss` with them.
+        `tokens`: the card of each token above, by address: what it `promotes`, `suppresses` and is `nearest` to, and
+        by the index `statistics`, `state` and `contexts`.
+        `notes`: what the numbers do not show.
 
     Raises:
         UserError: an empty or overlong text, a position outside of it, a target that is not one token, a count that
@@ -121,7 +136,7 @@ def explain_text(
         altered = _changed(model, tokenizer, ids, list(changes), focus)
         shown = _shown(attribution, positions, focus)
         cards = token_cards(model, tokenizer, [own_address(text) for text in shown[:_CARDS]], index=index)
-    losses = token_losses(logits, ids)
+    losses = token_losses(logits, ids)[0]
     notes = list(NOTES)
     if num_tokens is None and listed < _LISTED_TOKENS:
         notes.append(f"The text is long: {listed} of each layer's tokens are listed at each position.")
@@ -262,7 +277,7 @@ def _ablations(
         addresses = [entry["address"] for entry in entries[start : start + at_once]]
         for address, row in zip(addresses, measured_ablation(model, ids, addresses), strict=True):
             places = [{"predictions": predictions(tokenizer, place, LISTED)} for place in row]
-            shown[address] = {"loss": _mean(token_losses(row[None], ids)), "positions": places}
+            shown[address] = {"loss": _mean(token_losses(row[None], ids)[0]), "positions": places}
             effects[address] = short((row[focus, target_id] - logits[0, focus, target_id]).item())
     return shown, effects
 
@@ -324,7 +339,7 @@ def _changed(
     return {
         "changes": [str(change) for change in changes],
         "predictions": predictions(tokenizer, logits[0, focus], LISTED),
-        "loss": _mean(token_losses(logits, ids)),
+        "loss": _mean(token_losses(logits, ids)[0]),
     }
 
 

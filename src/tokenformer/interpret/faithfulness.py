@@ -5,15 +5,18 @@ The first k of a ranking are then switched off together, at all positions, and t
 Rankings:
 
 - `gradient`: those first that lower the loss most, by the first-order contribution;
-- `direct`: likewise by the direct contribution to the loss, which only tokens of `output` and `ffn` layers have; the
-  others come last, in random order;
+- `lowest`: those first whose first-order contribution has the least magnitude;
 - `random`: any order, one for each seed;
-- `lowest`: those first whose first-order contribution has the least magnitude.
+- `direct`, `lowest-direct`, `random-writing`: likewise among the tokens of `output` and `ffn` layers, which alone have
+  direct contributions; the others come last, in random order.
 
-A ranking that tells what a row needs loses much where `random` loses less and `lowest` least.
+A ranking that tells what a row needs loses much where random orders of the same tokens lose less and lowest ones least.
 
 **Lens agreement.** One token is switched off, and the fall of all logits at a position is compared with what the value
 lens says that its weight adds there.
+
+**First order.** One token is switched off, and the change of the row's loss is compared with what its contributions
+foretell (first_order.py).
 """
 
 import json
@@ -33,7 +36,8 @@ from tokenformer.evaluation.progress import bar
 from tokenformer.folders import write_atomically
 from tokenformer.interpret.addresses import TokenAddress, pattention_layers
 from tokenformer.interpret.attribution import Contributions, row_losses, trace
-from tokenformer.interpret.intervention import _hide, measured_ablation
+from tokenformer.interpret.first_order import first_order_agreement
+from tokenformer.interpret.intervention import hide, measured_ablation
 from tokenformer.interpret.lens import WRITING, value_lens
 from tokenformer.interpret.taps import tapped
 
@@ -43,7 +47,15 @@ if TYPE_CHECKING:
 
     from tokenformer.models.modeling_tokenformer import TokenFormerForCausalLM
 
-RANKINGS = ("gradient", "direct", "random", "lowest")
+# By ranking: the random order of the same tokens, which it is compared with.
+RANKINGS = {
+    "gradient": "random",
+    "lowest": "random",
+    "random": "random",
+    "direct": "random-writing",
+    "lowest-direct": "random-writing",
+    "random-writing": "random-writing",
+}
 _RESAMPLES = 2000
 _ROWS_AT_ONCE = 4
 
@@ -59,7 +71,7 @@ def removal_curves(
     rows: torch.Tensor,
     *,
     counts: Sequence[int] | None = None,
-    rankings: Sequence[str] = RANKINGS,
+    rankings: Sequence[str] = tuple(RANKINGS),
     random_orders: int = 3,
     seed: int = 0,
     on_row: Callable[[int], None] | None = None,
@@ -76,10 +88,11 @@ def removal_curves(
         on_row: called with 1 after each row.
 
     Returns:
-        `counts`; `before`, the mean loss in nats per token with all tokens; `curves`: by ranking, `loss` (mean over
-        rows for each count; of `random` over its orders too), and of `random` its `spread`, the standard deviation over
-        orders of the mean over rows; `areas`: by ranking, the mean over counts of its loss minus that of `random`, with
-        a 95 % bootstrap `interval` over rows.
+        `counts`; `tokens` and `writing`, the number of all tokens and of those of `output` and `ffn` layers; `before`,
+        the mean loss in nats per token with all tokens; `curves`: by ranking, `loss` (mean over rows for each count; of
+        random ones over orders too), and of random ones the `spread`, the standard deviation over orders of the mean
+        over rows; `areas`: by ranking, the mean over counts of its loss minus that of the random one beside it
+        (`RANKINGS`), where that is there, with a 95 % bootstrap `interval` over rows.
 
     Raises:
         UserError: no rows or rows of one token, an unknown ranking, a count below 1 or beyond the tokens.
@@ -105,13 +118,16 @@ def removal_curves(
         before.append(loss.item())
         for name in rankings:
             orders = [
-                _order(name, gradient, direct, generator) for _ in range(random_orders if name == "random" else 1)
+                _order(name, gradient, direct, generator)
+                for _ in range(random_orders if name.startswith("random") else 1)
             ]
             losses[name].append([_without(model, ids, places, order, counts) for order in orders])
         if on_row is not None:
             on_row(1)
     assert counts is not None
-    return {"counts": list(counts), "before": float(np.mean(before)), **_curves(losses, seed)}
+    writing = sum(found.shape[-1] for parts in direct.values() for found in parts.values())
+    sizes = {"counts": list(counts), "tokens": len(places), "writing": writing}
+    return {**sizes, "before": float(np.mean(before)), **_curves(losses, seed)}
 
 
 def _places(contributions: Contributions) -> list[tuple[str, str, int]]:
@@ -131,14 +147,18 @@ def _order(name: str, gradient: Contributions, direct: Contributions, generator:
         return whole.abs().argsort().tolist()
     if name == "gradient":
         return whole.argsort().tolist()
-    parts, missing = [], math.inf
-    for layer, segments in gradient.items():
-        for segment, found in segments.items():
-            known = direct[layer][segment][0].cpu() if layer in direct else torch.full((found.shape[-1],), missing)
-            parts.append(known)
-    # Shuffled first, and stable then, so that tokens of no contribution come in random order.
+    # Tokens without a direct contribution come last.
+    own = torch.cat(
+        [
+            direct[layer][segment][0].cpu() if layer in direct else torch.full((found.shape[-1],), math.inf)
+            for layer, segments in gradient.items()
+            for segment, found in segments.items()
+        ]
+    )
+    ranks = {"direct": own, "lowest-direct": own.abs(), "random-writing": own.isinf().int()}[name]
+    # Shuffled first, and stable then, so that equal ones come in random order.
     shuffled = torch.randperm(len(whole), generator=generator)
-    return shuffled[torch.cat(parts)[shuffled].argsort(stable=True)].tolist()
+    return shuffled[ranks[shuffled].argsort(stable=True)].tolist()
 
 
 @torch.no_grad()
@@ -165,7 +185,7 @@ def _without(
     for first in range(0, len(counts), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
         edits = {
-            layers[layer]: partial(_hide, {name: mask[part] for name, mask in segments.items()})
+            layers[layer]: partial(hide, {name: mask[part] for name, mask in segments.items()})
             for layer, segments in masks.items()
         }
         batch = ids.expand(len(counts[part]), -1)
@@ -178,13 +198,12 @@ def _curves(losses: dict[str, list[list[list[float]]]], seed: int) -> dict[str, 
     tables = {name: np.array(found) for name, found in losses.items()}  # rows, orders, counts
     curves: dict[str, Any] = {name: {"loss": table.mean((0, 1)).tolist()} for name, table in tables.items()}
     areas: dict[str, Any] = {}
-    if "random" in tables:
-        random = tables["random"]
-        spread = random.mean(0).std(0, ddof=1) if random.shape[1] > 1 else np.zeros(random.shape[2])
-        curves["random"]["spread"] = spread.tolist()
-        for name, table in tables.items():
-            if name != "random":
-                areas[name] = _with_interval((table.mean(1) - random.mean(1)).mean(-1), seed)
+    for name, table in tables.items():
+        if name == RANKINGS[name]:
+            spread = table.mean(0).std(0, ddof=1) if table.shape[1] > 1 else np.zeros(table.shape[2])
+            curves[name]["spread"] = spread.tolist()
+        elif RANKINGS[name] in tables:
+            areas[name] = _with_interval((table.mean(1) - tables[RANKINGS[name]].mean(1)).mean(-1), seed)
     return {"curves": curves, "areas": areas}
 
 
@@ -277,7 +296,7 @@ def measure_faithfulness(
     progress: bool = True,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Removal curves and lens agreement on held-out rows, as a JSON record and a picture beside it.
+    """Removal curves, lens agreement and first order on held-out rows, as a JSON record and a picture beside it.
 
     Args:
         model: in evaluation mode.
@@ -314,7 +333,9 @@ def measure_faithfulness(
         removal = removal_curves(model, rows, seed=seed, on_row=advance)
     with bar("reading values", len(rows), "rows", progress) as advance:
         agreement = lens_agreement(model, rows, seed=seed, on_row=advance)
-    record["results"] = {"removal": removal, "lens": agreement}
+    with bar("single tokens", len(rows), "rows", progress) as advance:
+        single = first_order_agreement(model, rows, seed=seed, on_row=advance)
+    record["results"] = {"removal": removal, "lens": agreement, "first_order": single}
     write_atomically(Path(out), json.dumps(record, indent=2, allow_nan=False) + "\n")
     draw_faithfulness(record["results"]).savefig(Path(out).with_suffix(".png"))
     return record
@@ -329,7 +350,10 @@ def draw_faithfulness(results: dict[str, Any]) -> "Figure":
     removal = results["removal"]
     counts = np.array(removal["counts"])
     for name, curve in removal["curves"].items():
-        left.plot(counts, curve["loss"], marker="o", markersize=3, label=name)
+        # The same colour for what is compared with each other, within all tokens and within those that write.
+        colour = f"C{list(RANKINGS).index(name) % 3}"
+        style = "-" if RANKINGS[name] == "random" else ":"
+        left.plot(counts, curve["loss"], style, color=colour, marker="o", markersize=3, label=name)
         if "spread" in curve:
             loss, spread = np.array(curve["loss"]), np.array(curve["spread"])
             left.fill_between(counts, loss - spread, loss + spread, alpha=0.2, color=left.lines[-1].get_color())

@@ -165,7 +165,7 @@ def measured_ablation(
             everywhere = torch.ones(len(rows), 1, size, dtype=torch.bool)
             mask = masks.setdefault(token.layer, {}).setdefault(token.segment, everywhere)
             mask[row, :, token.index] = False
-        edits: dict[Pattention, Edit] = {layers[path]: partial(_hide, hidden) for path, hidden in masks.items()}
+        edits: dict[Pattention, Edit] = {layers[path]: partial(hide, hidden) for path, hidden in masks.items()}
         with tapped(edits=edits):
             batch = inputs.expand(len(rows), *inputs.shape[1:])
             outputs = model(input_ids=batch, use_cache=False) if is_text else model(pixel_values=batch)
@@ -245,7 +245,7 @@ def _apply(changes: Sequence[Change], call: Call) -> None:
         if isinstance(change, Off):
             mask = torch.ones(len(key), dtype=torch.bool, device=key.device)
             mask[places] = False
-            _hide({segment: mask}, call)
+            hide({segment: mask}, call)
         else:
             factors = torch.ones(len(value), 1, dtype=value.dtype, device=value.device)
             factors[places] = change.factor
@@ -269,7 +269,7 @@ def _swap(change: Swap, call: Call) -> None:
         call.tokens[segment] = key, torch.cat((old[:index], value[None], old[index + 1 :]))
 
 
-def _hide(masks: Mapping[str, torch.Tensor], call: Call) -> None:
+def hide(masks: Mapping[str, torch.Tensor], call: Call) -> None:
     """Make tokens invisible where a mask, broadcastable to (..., N), is False."""
     visible = dict(call.visible or {})
     for segment, mask in masks.items():

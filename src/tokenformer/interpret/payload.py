@@ -22,7 +22,7 @@ STRONGEST = (
 )
 GRADIENT = (
     "Gradient contributions count all later layers, to first order: minus them is an estimate of the measured change, "
-    "and a poor one where a token is large."
+    "which leaves out curvature and that the norm of the scores changes too."
 )
 MEASURED = (
     "Measured: the logit with the token switched off at all positions, minus the logit with it. Tokens taken off "

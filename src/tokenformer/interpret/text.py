@@ -4,7 +4,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tokenformer.errors import UserError
@@ -54,9 +53,3 @@ def text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: s
 def predictions(tokenizer: PreTrainedTokenizerFast, logits: torch.Tensor, count: int = LISTED) -> list[dict[str, Any]]:
     """The likeliest next tokens, by the logits (V,) of a position: `id`, `piece` and `probability` of each."""
     return likeliest(logits, partial(piece, tokenizer), count)
-
-
-def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Nats (T - 1,) of each token of a row (1, T) but the first, given those before it, by logits (1, T, V)."""
-    wide = logits[0, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(wide, ids[0, 1:], reduction="none")

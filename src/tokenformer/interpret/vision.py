@@ -87,7 +87,19 @@ def explain_image(
         progress: show a bar where stderr is a terminal.
 
     Returns:
-        The explanation: lists, dictionaries, strings and finite numbers only.
+        Lists, dictionaries, strings and finite numbers only; `model`, `target`, `attribution`, `layers`, `ablations`,
+        `changes` and `notes` as in `explain_text`, of classes in place of next tokens. `weight` is the one of largest
+        magnitude in the image, `shares` are means over its positions, and:
+
+        `image`: `name`, `uri` (the image as the model sees it), `width`, `height`.
+        `grid`: `rows` and `columns` of patches; `class_token`, whether there is one.
+        `predictions`: the likeliest classes.
+        `strongest`: by layer, the addresses of the tokens with the largest |weight| times length of the value.
+        `maps`: by address, `weights` and `contributions` at each patch in raster order, `class` and
+        `class_contribution` at the class token or None.
+        `images`: those that cards refer to by number: `uri`, `label`, `name`.
+        `source`: None, or the `name` and number of `images` that were read.
+        `tokens`: cards as in `explain_text`, with `images` of the highest weights in place of contexts.
 
     Raises:
         UserError: another model, no such class, a count that cannot be, an image of another size than the model takes,
