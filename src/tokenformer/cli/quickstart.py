@@ -26,4 +26,5 @@ def main(argv: list[str]) -> None:
     print(f"  tokenformer generate {out}/grown --prompt 'def main('")
     print(f"  tokenformer grow {out}/grown {out}/grown-again --qkv {qkv} --output {output} --ffn {ffn}")
     print(f"  tokenformer info {out}/grown")
+    print(f"  tokenformer explain {out}/grown --text 'def main('")
     print(f"\nreport: {out}/report.html")
