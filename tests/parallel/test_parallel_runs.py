@@ -146,7 +146,7 @@ def test_a_process_that_dies_or_hangs_ends_the_run_within_a_minute(
     options = {"SIGNAL": signal, "SENT": str(sent), "TOKENFORMER_HEARTBEAT": "9", "fails": True}
     done = launch(2, DISTURBED, "train", file_of(recipe), "--parallel.data", "2", **options)
     assert time.time() - float(sent.read_text()) < 60
-    assert re.search(f"^tokenformer train.*: error: .*{line}", done.stderr, re.MULTILINE)
+    assert re.search(f"^tokenformer.*: error: .*{line}", done.stderr, re.MULTILINE)
     checkpoints = {path.name for path in (folder / signal / "checkpoints").iterdir()}
     assert "checkpoint-4" in checkpoints
 

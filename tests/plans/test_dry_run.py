@@ -56,6 +56,22 @@ def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
 
+def _peak(model: Any, optimizer: torch.optim.Optimizer, rows: int, precision: str) -> int:
+    """Bytes at the peak of a training step, by torch's own tracker."""
+    config = model.config
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for _ in range(2):  # in the second step gradients and moments are there
+            ids = torch.randint(config.vocab_size, (rows, config.max_position_embeddings))
+            with _autocast(precision):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            tracker.reset_mod_stats()
+        return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+
+
 # Memory
 
 
@@ -121,18 +137,7 @@ def test_memory_is_the_peak_of_a_training_step(
         elif recomputed:
             # transformers 5.21 renamed the method.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer)
-        with tracker:
-            for _ in range(2):  # in the second step gradients and moments are there
-                ids = torch.randint(config.vocab_size, (rows, config.max_position_embeddings))
-                with _autocast(precision):
-                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                loss.backward()
-                optimizer.step()
-                tracker.reset_mod_stats()
-            peak = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+        peak = _peak(model, torch.optim.AdamW(model.parameters(), foreach=False), rows, precision)
     total = sum(p.numel() for p in model.parameters())
     memory = training_memory(
         config,
@@ -162,12 +167,11 @@ SAVING = [
 @pytest.mark.parametrize(
     ("config", "rows"),
     [
-        (_tokenformer(1024, 256, 4, 128, (256, 192, 1024)), 4),
         (_tokenformer(16384, 128, 2, 128, (128, 128, 512)), 8),
         (_tokenformer(512, 64, 4, 128, (512, 512, 4096)), 4),
         (_tokenformer(4096, 192, 3, 128, (192, 192, 768), (100, 80, 900)), 4),
     ],
-    ids=["even", "large vocabulary", "many tokens", "grown"],
+    ids=["large vocabulary", "many tokens", "grown"],
 )
 def test_what_saves_memory_saves_as_much(
     config: PreTrainedConfig, rows: int, saving: tuple[str, ...], precision: str
@@ -179,18 +183,7 @@ def test_what_saves_memory_saves_as_much(
     if "recompute" in saving:
         model.set_recompute()
     model.fused_loss = "fused_loss" in saving
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    tracker = MemTracker()
-    tracker.track_external(model, optimizer)
-    with tracker:
-        for _ in range(2):
-            ids = torch.randint(config.vocab_size, (rows, config.max_position_embeddings))
-            with _autocast(precision):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            optimizer.step()
-            tracker.reset_mod_stats()
-        peak = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+    peak = _peak(model, torch.optim.AdamW(model.parameters(), fused=True), rows, precision)
     total = sum(p.numel() for p in model.parameters())
     memory = training_memory(
         config,

@@ -103,7 +103,7 @@ class _Heartbeat:
         key = f"host-{self._watched}"
         host = f" on {self._store.get(key).decode()}" if self._store.check([key]) else ""
         sys.stderr.write(
-            f"tokenformer train: error: process {self._watched}{host} gives no sign of life for {silent:.0f} s, so the "
+            f"tokenformer: error: process {self._watched}{host} gives no sign of life for {silent:.0f} s, so the "
             "run ends: the same command goes on from the last checkpoint\n"
         )
         sys.stderr.flush()
